@@ -1,0 +1,73 @@
+// What every host function does first: look at the tensors, refuse with a reason, allocate the output.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/problem.h"
+
+namespace fastconv {
+
+using torch::stable::Tensor;
+using IntList = std::vector<int64_t>;
+
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  ((text << parts), ...);
+  return text.str();
+}
+
+/// Raises RuntimeError with a message that says what was got, what is wanted and the remedy.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) [[unlikely]]
+    throw std::runtime_error(message(parts...));
+}
+
+std::string shape_text(const Tensor& tensor);
+
+/// Raises unless the tensor is on the CPU and of `rank` dimensions.
+void require_cpu(const char* op, const char* name, const Tensor& tensor, int64_t rank);
+void require_same_dtype(const char* op, const Tensor& input, const char* name, const Tensor& other);
+void require_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> wanted);
+
+DType dtype_of(const char* op, const Tensor& tensor);
+
+/// torch's rule for a four-dimensional tensor: channels_last exactly if its strides say so unambiguously.
+bool suggests_channels_last(const Tensor& tensor);
+inline Layout layout_of(const Tensor& tensor) { return suggests_channels_last(tensor) ? Layout::nhwc : Layout::nchw; }
+
+/// The tensor itself if it is dense in `layout`, else a copy that is.
+Tensor dense(const Tensor& tensor, Layout layout);
+
+/// Uninitialised (n, c, h, w) tensor on the CPU, dense in `layout`.
+Tensor empty_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, Layout layout);
+
+Size2 size2(const char* op, const char* name, const IntList& values, int64_t at_least);
+Pad4 pad4(const char* op, const IntList& values);
+
+/// Calls body(T{}) with the storage type of `dtype`.
+template <class Body>
+void dispatch(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32:
+      return body(float{});
+    case DType::f64:
+      return body(double{});
+    case DType::f16:
+      return body(Half{});
+    case DType::bf16:
+      return body(BFloat16{});
+  }
+  throw std::logic_error("unknown dtype");
+}
+
+}  // namespace fastconv

@@ -1,0 +1,12 @@
+#if defined(__x86_64__)
+
+#include "common/simd/target_avx2.h"
+#include "conv2d/cpu_kernels.h"
+
+namespace fastconv {
+
+const Conv2dKernels* conv2d_kernels_avx2() { return &kConv2dKernels; }
+
+}  // namespace fastconv
+
+#endif

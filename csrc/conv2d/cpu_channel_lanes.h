@@ -1,0 +1,186 @@
+// Implicit GEMM with output channels in lanes, for NHWC: rows of a tile are pixels, columns are output channels.
+//
+// Weights are packed once per call into panels of kTileColumns channels, depth (tap, input channel). A task owns a
+// strip of pixels: it gathers their rows (a few contiguous copies per pixel, none at all for 1x1 with stride 1) and
+// passes every weight panel over them, so a weight panel is read from L1 for all pixels of the strip.
+#pragma once
+
+#include "conv2d/cpu_pack.h"
+
+namespace fastconv {
+namespace {
+
+/// Panels [group][m / kTileColumns][tap][c][kTileColumns], zero where m ends.
+template <class T>
+void pack_weight_panels(const GemmConv& p, acc_t<T>* panels) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kColumns = kTileColumns<Acc>;
+  const int64_t depth = p.c * p.tap_count, per_group = ceil_div(p.m, kColumns);
+  parallel_for(0, p.groups * per_group, ceil_div(16384, depth * kColumns + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t m = index % per_group * kColumns, live = min_of(kColumns, p.m - m);
+      const T* weight =
+          static_cast<const T*>(p.weight) + index / per_group * p.weight_group_stride + m * p.weight_m_stride;
+      Acc* panel = panels + index * depth * kColumns;
+      for (int64_t lane = 0; lane < kColumns; ++lane) {
+        Acc* target = panel + lane;
+        for (int64_t t = 0; t < p.tap_count; ++t) {
+          const T* source = weight + lane * p.weight_m_stride + p.taps[t].weight_offset_elems;
+          for (int64_t c = 0; c < p.c; ++c, target += kColumns)
+            *target = lane < live ? simd::widen(source[c * p.weight_c_stride]) : Acc(0);
+        }
+      }
+    }
+  });
+}
+
+/// Depth [begin, end) of the flattened (tap, c) axis for `pixels.count` pixels, one row of end - begin each.
+template <class T>
+void gather_rows(const GemmConv& p, const PanelPixels<acc_t<T>>& pixels, const T* x, int64_t begin, int64_t end,
+                 acc_t<T>* rows) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  for (int64_t pixel = 0; pixel < pixels.count; ++pixel) {
+    Acc* target = rows + pixel * (end - begin);
+    for (int64_t d = begin; d < end;) {
+      const int64_t t = d / p.c, c = d % p.c, length = min_of(p.c - c, end - d);
+      const Tap& tap = p.taps[t];
+      const bool reads = inside(pixels.row[pixel] + tap.dh, p.h) && inside(pixels.column[pixel] + tap.dw, p.w);
+      const T* source = x + pixels.x_offset[pixel] + tap.dh * p.x_strides.h + tap.dw * p.x_strides.w + c;
+      int64_t i = 0;
+      for (; i + kLane <= length; i += kLane)
+        simd::store<Acc>(target + i, reads ? simd::load(source + i) : simd::zero<Acc>());
+      for (; i < length; ++i) target[i] = reads ? simd::widen(source[i]) : Acc(0);
+      target += length;
+      d += length;
+    }
+  }
+}
+
+template <class T>
+void store_channel_tile(const GemmConv& p, const int64_t* y_offsets, acc_t<T>* tile, int64_t channel, int64_t rows,
+                        int64_t columns) {
+  using Acc = acc_t<T>;
+  constexpr int kLane = simd::kLanes<Acc>, kColumns = kTileColumns<Acc>;
+  const Epilogue& e = p.epilogue;
+  for (int64_t lane = 0; lane < columns; lane += kLane) {
+    const int64_t live = min_of(kLane, columns - lane);
+    const auto scale =
+        e.scale ? simd::load_first(static_cast<const Acc*>(e.scale) + channel + lane, live) : simd::zero<Acc>();
+    const auto shift =
+        e.shift ? simd::load_first(static_cast<const Acc*>(e.shift) + channel + lane, live) : simd::zero<Acc>();
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t offset = y_offsets[row] + channel + lane;
+      auto value = simd::load(tile + row * kColumns + lane);
+      if (e.scale) value = value * scale;
+      if (e.shift) value = value + shift;
+      if (e.residual) value = value + simd::load_first(static_cast<const T*>(e.residual) + offset, live);
+      value = simd::activate<Acc>(value, e.activation);
+      if (live == kLane) simd::store<T>(static_cast<T*>(p.y) + offset, value);
+      else simd::store_first<T>(static_cast<T*>(p.y) + offset, value, live);
+    }
+  }
+}
+
+struct ChannelLanesPlan {
+  int64_t pixels, strip_pixels, strips;
+  int64_t panels, panels_per_task, panel_tasks;  // of output channels
+  int64_t depth, depth_block;
+
+  ChannelLanesPlan(const GemmConv& p, int64_t columns, int64_t element_bytes) {
+    constexpr int64_t kStripBytes = 128 * 1024, kDepth = 320;
+    const int64_t threads = thread_count();
+    pixels = p.n * p.i * p.j;
+    depth = p.c * p.tap_count;
+    depth_block = depth == 0 ? 1 : ceil_div(depth, ceil_div(depth, kDepth));
+    const int64_t fitting = kStripBytes / (depth_block * element_bytes);
+    const int64_t balanced = ceil_div(pixels, ceil_div(4 * threads, p.groups));
+    strip_pixels = round_up(max_of(4 * kTileRows, min_of(min_of(fitting, 24 * kTileRows), balanced)), kTileRows);
+    strips = ceil_div(pixels, strip_pixels);
+    panels = ceil_div(p.m, columns);
+    panel_tasks = p.groups * strips >= 2 * threads ? 1 : min_of(panels, ceil_div(2 * threads, p.groups * strips));
+    panels_per_task = ceil_div(panels, panel_tasks);
+    panel_tasks = ceil_div(panels, panels_per_task);
+  }
+};
+
+/// Pixels can be read in place if their rows are one block of depth each, evenly spaced.
+template <class T>
+bool rows_in_place(const GemmConv& p) {
+  if (sizeof(T) != sizeof(acc_t<T>) || p.tap_count != 1 || p.step.h != 1 || p.step.w != 1) return false;
+  return p.taps[0].dh == 0 && p.taps[0].dw == 0 && p.i == p.h && p.j == p.w;
+}
+
+template <class T>
+struct ChannelLanesScratch {
+  acc_t<T>* rows;
+  acc_t<T>* sums;
+  int64_t* y_offsets;
+};
+
+template <class T>
+void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const acc_t<T>* weight_panels, int64_t task,
+                          const ChannelLanesScratch<T>& scratch) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kColumns = kTileColumns<Acc>;
+  const int64_t part = task % plan.panel_tasks, strip = task / plan.panel_tasks % plan.strips;
+  const int64_t group = task / plan.panel_tasks / plan.strips;
+  const int64_t first = strip * plan.strip_pixels, count = min_of(plan.strip_pixels, plan.pixels - first);
+  const int64_t panel_begin = part * plan.panels_per_task;
+  const int64_t panel_end = min_of(plan.panels, panel_begin + plan.panels_per_task);
+  const T* x = static_cast<const T*>(p.x) + group * p.c * p.x_strides.c;
+  const bool in_place = rows_in_place<T>(p);
+  const auto& tiles = kTiles<Acc, Rows::depth_contiguous>;
+
+  for (int64_t begin = 0; begin == 0 || begin < plan.depth; begin += plan.depth_block) {
+    const int64_t end = min_of(plan.depth, begin + plan.depth_block);
+    const bool last = end == plan.depth;
+    const Acc* rows = scratch.rows;
+    int64_t row_stride = end - begin;
+    PanelPixels<Acc> pixels;
+    for (int64_t pixel = 0; pixel < count; pixel += kColumns) {
+      if (in_place && begin > 0) break;
+      pixels.locate(p, first + pixel, first + count);
+      for (int64_t i = 0; i < pixels.count; ++i) scratch.y_offsets[pixel + i] = pixels.y_offset[i];
+      if (!in_place) gather_rows<T>(p, pixels, x, begin, end, scratch.rows + pixel * row_stride);
+    }
+    if (in_place) {
+      row_stride = p.x_strides.w;
+      rows = reinterpret_cast<const Acc*>(x) + first * row_stride + begin;
+    }
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t m = panel * kColumns, columns = min_of(kColumns, p.m - m);
+      const Acc* b = weight_panels + ((group * plan.panels + panel) * plan.depth + begin) * kColumns;
+      for (int64_t pixel = 0; pixel < count; pixel += kTileRows) {
+        const int64_t live = min_of(kTileRows, count - pixel);
+        Acc* tile = plan.depth_block >= plan.depth
+                        ? scratch.sums
+                        : scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
+        tiles.at(live, columns)(rows + pixel * row_stride, row_stride, b, end - begin, begin == 0 ? nullptr : tile,
+                                tile);
+        if (last) store_channel_tile<T>(p, scratch.y_offsets + pixel, tile, group * p.m + m, live, columns);
+      }
+    }
+  }
+}
+
+template <class T>
+void convolve_channel_lanes(const GemmConv& p) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kColumns = kTileColumns<Acc>, kBytes = sizeof(Acc);
+  const ChannelLanesPlan plan(p, kColumns, kBytes);
+  Scratch packed(p.groups * plan.panels * plan.depth * kColumns * kBytes);
+  pack_weight_panels<T>(p, packed.as<Acc>());
+
+  parallel_for(0, p.groups * plan.strips * plan.panel_tasks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t sums_rows = plan.depth_block >= plan.depth ? kTileRows : plan.panels_per_task * plan.strip_pixels;
+    Scratch rows(rows_in_place<T>(p) ? 0 : plan.strip_pixels * plan.depth_block * kBytes);
+    Scratch sums(sums_rows * kColumns * kBytes);
+    Scratch offsets(plan.strip_pixels * static_cast<int64_t>(sizeof(int64_t)));
+    const ChannelLanesScratch<T> scratch{rows.as<Acc>(), sums.as<Acc>(), offsets.as<int64_t>()};
+    for (int64_t task = begin; task < end; ++task) convolve_pixel_strip<T>(p, plan, packed.as<Acc>(), task, scratch);
+  });
+}
+
+}  // namespace
+}  // namespace fastconv

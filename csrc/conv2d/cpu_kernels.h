@@ -1,0 +1,79 @@
+// The kernels of this family for one instruction set. Include after a common/simd/target_*.h.
+#pragma once
+
+#include "conv2d/cpu_channel_lanes.h"
+#include "conv2d/cpu_pixel_lanes.h"
+#include "conv2d/cpu_weight_grad.h"
+
+namespace fastconv {
+namespace {
+
+/// Calls body(T{}) with the storage type; twin of checks.h's dispatch for units without torch.
+template <class Body>
+FASTCONV_INLINE void for_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32:
+      return body(float{});
+    case DType::f64:
+      return body(double{});
+    case DType::f16:
+      return body(Half{});
+    case DType::bf16:
+      return body(BFloat16{});
+  }
+  __builtin_unreachable();
+}
+
+template <class T>
+void bias_grad_of(const T* grad, T* out, int64_t n, int64_t k, int64_t plane, Layout layout) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  const int64_t image_stride = k * plane;
+  // Channels side by side are summed a vector at a time in NHWC; in NCHW lanes run along the plane.
+  const int64_t blocks = layout == Layout::nhwc ? ceil_div(k, kLane) : k;
+  parallel_for(0, blocks, ceil_div(8192, n * plane + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      auto total = simd::zero<Acc>();
+      if (layout == Layout::nhwc) {
+        const int64_t live = min_of(kLane, k - block * kLane);
+        for (int64_t pixel = 0; pixel < n * plane; ++pixel)
+          total += live == kLane ? simd::load(grad + pixel * k + block * kLane)
+                                 : simd::load_first(grad + pixel * k + block * kLane, live);
+        simd::store_first<T>(out + block * kLane, total, live);
+        continue;
+      }
+      for (int64_t image = 0; image < n; ++image) {
+        const T* row = grad + image * image_stride + block * plane;
+        int64_t i = 0;
+        for (; i + kLane <= plane; i += kLane) total += simd::load(row + i);
+        if (i < plane) total += simd::load_first(row + i, plane - i);
+      }
+      out[block] = simd::narrow<T>(simd::sum<Acc>(total));
+    }
+  });
+}
+
+inline constexpr Conv2dKernels kConv2dKernels = {
+    [](const GemmConv& p, DType dtype) { for_dtype(dtype, [&](auto type) { convolve_naive<decltype(type)>(p); }); },
+    [](const GemmWeightGrad& p, DType dtype) {
+      for_dtype(dtype, [&](auto type) { weight_grad_naive<decltype(type)>(p); });
+    },
+    [](const GemmConv& p, Layout layout, DType dtype) {
+      for_dtype(dtype, [&](auto type) {
+        if (layout == Layout::nchw) convolve_pixel_lanes<decltype(type)>(p);
+        else convolve_channel_lanes<decltype(type)>(p);
+      });
+    },
+    [](const GemmWeightGrad& p, DType dtype) {
+      for_dtype(dtype, [&](auto type) { weight_grad_tiled<decltype(type)>(p); });
+    },
+    [](const void* grad, void* out, int64_t n, int64_t k, int64_t plane, Layout layout, DType dtype) {
+      for_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        bias_grad_of<T>(static_cast<const T*>(grad), static_cast<T*>(out), n, k, plane, layout);
+      });
+    },
+};
+
+}  // namespace
+}  // namespace fastconv

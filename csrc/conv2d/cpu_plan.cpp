@@ -1,0 +1,82 @@
+#include <cstddef>
+
+#include "conv2d/gemm_plan.h"
+
+namespace fastconv {
+namespace {
+
+/// Every tap of the window in the order of the weights, reading `dilation` apart from -padding.
+std::vector<Tap> forward_taps(const ConvProblem& p) {
+  const Strides4 weight = p.weight_strides();
+  std::vector<Tap> taps;
+  taps.reserve(static_cast<std::size_t>(p.r * p.s));
+  for (int64_t r = 0; r < p.r; ++r)
+    for (int64_t s = 0; s < p.s; ++s)
+      taps.push_back(
+          {r * p.dilation.h - p.padding.top, s * p.dilation.w - p.padding.left, r * weight.h + s * weight.w});
+  return taps;
+}
+
+}  // namespace
+
+GemmConv forward_product(const ConvProblem& p, const void* input, const void* weight, void* output,
+                         std::vector<Tap>& taps) {
+  taps = forward_taps(p);
+  const Strides4 w = p.weight_strides();
+  GemmConv g{};
+  g.groups = p.groups;
+  g.n = p.n, g.c = p.c_per_group(), g.h = p.h, g.w = p.w;
+  g.m = p.k_per_group(), g.i = p.p(), g.j = p.q();
+  g.step = p.stride;
+  g.x = input, g.x_strides = p.input_strides();
+  g.weight = weight;
+  g.weight_m_stride = w.n, g.weight_c_stride = w.c, g.weight_group_stride = p.k_per_group() * w.n;
+  g.taps = taps.data(), g.tap_count = static_cast<int64_t>(taps.size());
+  g.y = output, g.y_strides = p.output_strides(), g.y_offset = 0;
+  return g;
+}
+
+GemmConv input_grad_product(const ConvProblem& p, Size2 phase, const void* grad_output, const void* weight,
+                            void* grad_input, std::vector<Tap>& taps) {
+  // Input row a + stride * i receives from output row i + (a + pad - r * dilation) / stride where that divides exactly.
+  const Strides4 w = p.weight_strides();
+  taps.clear();
+  for (int64_t r = 0; r < p.r; ++r)
+    for (int64_t s = 0; s < p.s; ++s) {
+      const int64_t dh = phase.h + p.padding.top - r * p.dilation.h, dw = phase.w + p.padding.left - s * p.dilation.w;
+      if (dh % p.stride.h == 0 && dw % p.stride.w == 0)
+        taps.push_back({dh / p.stride.h, dw / p.stride.w, r * w.h + s * w.w});
+    }
+  GemmConv g{};
+  g.groups = p.groups;
+  g.n = p.n, g.c = p.k_per_group(), g.h = p.p(), g.w = p.q();
+  g.m = p.c_per_group();
+  g.i = ceil_div(p.h - phase.h, p.stride.h), g.j = ceil_div(p.w - phase.w, p.stride.w);
+  g.step = {1, 1};
+  g.x = grad_output, g.x_strides = p.output_strides();
+  g.weight = weight;
+  g.weight_m_stride = w.c, g.weight_c_stride = w.n, g.weight_group_stride = p.k_per_group() * w.n;
+  g.taps = taps.data(), g.tap_count = static_cast<int64_t>(taps.size());
+  const Strides4 y = p.input_strides();
+  g.y = grad_input, g.y_offset = phase.h * y.h + phase.w * y.w;
+  g.y_strides = {y.n, y.c, y.h * p.stride.h, y.w * p.stride.w};
+  return g;
+}
+
+GemmWeightGrad weight_grad_product(const ConvProblem& p, const void* grad_output, const void* input, void* grad_weight,
+                                   std::vector<Tap>& taps) {
+  taps = forward_taps(p);
+  GemmWeightGrad g{};
+  g.layout = p.layout;
+  g.groups = p.groups;
+  g.n = p.n, g.c = p.c_per_group(), g.h = p.h, g.w = p.w;
+  g.m = p.k_per_group(), g.i = p.p(), g.j = p.q();
+  g.step = p.stride;
+  g.x = input, g.x_strides = p.input_strides();
+  g.grad_y = grad_output, g.grad_y_strides = p.output_strides();
+  g.taps = taps.data(), g.tap_count = static_cast<int64_t>(taps.size());
+  g.grad_weight = grad_weight;
+  return g;
+}
+
+}  // namespace fastconv

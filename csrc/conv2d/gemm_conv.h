@@ -1,0 +1,77 @@
+// A convolution as the kernels see it: for every group g, image n and position (i, j) of a grid,
+//
+//   y[n, m, i, j] = epilogue(sum over c, t of weight[m, c, t] * x[n, c, i * step.h + dh[t], j * step.w + dw[t]])
+//
+// with x zero outside its plane. The forward pass is one such product. The input gradient of a convolution with
+// stride (a, b) is a * b of them, one per phase of the input grid, each with the taps that reach that phase; so no
+// multiplication by a zero that the stride put there, and every element of the gradient is written exactly once.
+#pragma once
+
+#include "common/problem.h"
+
+namespace fastconv {
+
+/// One kernel position: where it reads relative to the grid position, and where its weights start.
+struct Tap {
+  int64_t dh, dw;
+  int64_t weight_offset_elems;
+};
+
+struct Epilogue {
+  const void* scale = nullptr;     // accumulator type, one per output channel, or none
+  const void* shift = nullptr;     // likewise
+  const void* residual = nullptr;  // storage type, laid out as y, or none
+  Activation activation = Activation::none;
+};
+
+struct GemmConv {
+  int64_t groups;
+  int64_t n, c, h, w;  // images; reduced channels per group; rows and columns of x
+  int64_t m, i, j;     // output channels per group; rows and columns of the grid
+  Size2 step;
+  const void* x;
+  Strides4 x_strides;  // in elements; a group starts c * x_strides.c after the one before
+  const void* weight;
+  int64_t weight_m_stride, weight_c_stride, weight_group_stride;
+  const Tap* taps;
+  int64_t tap_count;
+  void* y;
+  Strides4 y_strides;  // of the grid: one step of i or j; a group starts m * y_strides.c after the one before
+  int64_t y_offset;    // of grid position (0, 0)
+  Epilogue epilogue;
+};
+
+/// The weight gradient as a product: for every group,
+///   grad_weight[m, c, t] = sum over n, i, j of grad_y[n, m, i, j] * x[n, c, i * step.h + dh[t], j * step.w + dw[t]]
+/// written densely as (m, c, t) for Layout::nchw and (m, t, c) for Layout::nhwc.
+struct GemmWeightGrad {
+  Layout layout;
+  int64_t groups;
+  int64_t n, c, h, w;
+  int64_t m, i, j;
+  Size2 step;
+  const void* x;
+  Strides4 x_strides;
+  const void* grad_y;
+  Strides4 grad_y_strides;
+  const Tap* taps;
+  int64_t tap_count;
+  void* grad_weight;
+};
+
+/// What one instruction set offers for this family. Sums are kept in acc_t of the dtype.
+struct Conv2dKernels {
+  void (*naive)(const GemmConv&, DType);
+  void (*naive_weight_grad)(const GemmWeightGrad&, DType);
+  void (*tiled)(const GemmConv&, Layout, DType);
+  void (*tiled_weight_grad)(const GemmWeightGrad&, DType);
+  /// out[k] = sum over n, h, w of grad[n, k, h, w]; `grad` dense in `layout`.
+  void (*bias_grad)(const void* grad, void* out, int64_t n, int64_t k, int64_t plane, Layout, DType);
+};
+
+const Conv2dKernels* conv2d_kernels_generic();
+const Conv2dKernels* conv2d_kernels_neon();
+const Conv2dKernels* conv2d_kernels_avx2();
+const Conv2dKernels* conv2d_kernels_avx512();
+
+}  // namespace fastconv
