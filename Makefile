@@ -1,0 +1,98 @@
+# Every target does its own set-up: a virtual environment in .venv, torch, the compiled extension, the data.
+# The second time only what changed is done again: .make/ holds a stamp for each finished step.
+
+PYTHON ?= python3
+# 2.13.0: one known version for everybody, and the CPU build wherever an index or a folder of wheels offers one. Where pip would
+# fetch CUDA libraries that you do not want: make demo TORCH="torch==2.13.0 --index-url <an index of CPU builds>"
+TORCH ?= torch==2.13.0
+# What `make wheel-check` installs the wheel beside, for example TORCH_VERSIONS="2.10.0 2.13.0"
+TORCH_VERSIONS ?= 2.13.0
+# Extra words for pytest: make test PYTEST_ARGS="-x -k pool"
+PYTEST_ARGS ?=
+
+VENV := .venv/bin
+STAMP := .make
+RUN := $(VENV)/python
+CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+SANITIZED := build/sanitized
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint format sanitize wheel-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP)/build $(STAMP)/data  ## everything the other targets need, and nothing else
+
+demo: $(STAMP)/build $(STAMP)/data  ## train LeNet-5 on real digits with fastconv and with torch.nn, side by side
+	$(RUN) examples/train_lenet.py
+
+test: $(STAMP)/build $(STAMP)/data  ## the whole test suite
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+bench: $(STAMP)/build  ## the lecture's layers against torch, as ratios
+	$(RUN) -m pytest benchmarks --benchmark-only --quick $(PYTEST_ARGS)
+
+lint: $(STAMP)/venv  ## ruff, mypy --strict, clang-format; changes nothing
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+	$(VENV)/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+format: $(STAMP)/venv  ## let the formatters rewrite the files
+	$(VENV)/ruff check --fix-only .
+	$(VENV)/ruff format .
+	$(VENV)/clang-format -i $(CPP_SOURCES)
+
+# The instrumented library lives in a tree of its own, beside copies of the Python files and the tests: the one in fastconv/ stays
+# as it is. libstdc++ is preloaded as well, because ASan must find its __cxa_throw when it starts. Leaks are not looked for: the
+# interpreter and torch never free what lives as long as the process.
+sanitize: $(STAMP)/venv  ## the tests marked `sanitize`, with the C++ under ASan and UBSan
+	rm -rf $(SANITIZED)/fastconv $(SANITIZED)/tests
+	FASTCONV_SANITIZE=address,undefined $(RUN) setup.py --quiet build_py --build-lib $(SANITIZED) \
+	    build_ext --build-lib $(SANITIZED)
+	cp -r tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(CURDIR)/$(RUN) -m pytest -m sanitize -p no:cacheprovider $(PYTEST_ARGS)
+
+wheel-check: $(STAMP)/venv  ## build the wheel, install it in fresh environments, one for each of TORCH_VERSIONS
+	$(RUN) tests/wheel_check.py $(TORCH_VERSIONS)
+
+clean:  ## remove all that the targets made, .venv included
+	rm -rf .venv .make build dist out *.egg-info fastconv/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- set-up ---------------------------------------------------------------------------------------------------------------
+
+# Said all at once, before anything is downloaded.
+$(STAMP)/machine:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "fastconv needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@missing=; \
+	command -v $(CXX) >/dev/null || missing="$$missing g++"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || missing="$$missing python3-dev"; \
+	if [ -n "$$missing" ]; then \
+	    echo "fastconv needs system packages that are not installed. On Debian or Ubuntu:"; \
+	    echo "    sudo apt-get install$$missing"; exit 1; \
+	fi
+	@mkdir -p $(STAMP) && touch $@
+
+# Torch first and alone, so that no other package's requirement picks another build of it.
+$(STAMP)/venv: pyproject.toml | $(STAMP)/machine
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja pybind11
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench,demo,lint]"
+	touch $@
+
+# Objects are kept under build/, so that ninja compiles again only what a change touches.
+$(STAMP)/build: setup.py $(CPP_SOURCES) $(STAMP)/venv
+	$(RUN) setup.py --quiet build_ext --inplace
+	touch $@
+
+$(STAMP)/data: examples/mnist.py $(STAMP)/venv
+	$(RUN) examples/mnist.py
+	touch $@
