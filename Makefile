@@ -2,8 +2,8 @@
 # The second time only what changed is done again: .make/ holds a stamp for each finished step.
 
 PYTHON ?= python3
-# 2.13.0: one known version for everybody, and the CPU build wherever an index or a folder of wheels offers one. Where pip would
-# fetch CUDA libraries that you do not want: make demo TORCH="torch==2.13.0 --index-url <an index of CPU builds>"
+# One known version for everybody. Where pip would fetch CUDA libraries that you do not want, name an index of CPU builds:
+# make demo TORCH="torch==2.13.0 --index-url URL"
 TORCH ?= torch==2.13.0
 # What `make wheel-check` installs the wheel beside, for example TORCH_VERSIONS="2.10.0 2.13.0"
 TORCH_VERSIONS ?= 2.13.0
@@ -44,13 +44,14 @@ format: $(STAMP)/venv  ## let the formatters rewrite the files
 	$(VENV)/ruff format .
 	$(VENV)/clang-format -i $(CPP_SOURCES)
 
-# The instrumented library lives in a tree of its own, beside copies of the Python files and the tests: the one in fastconv/ stays
-# as it is. libstdc++ is preloaded as well, because ASan must find its __cxa_throw when it starts. Leaks are not looked for: the
-# interpreter and torch never free what lives as long as the process.
+# The instrumented library lives in a tree of its own, beside copies of the Python files and the tests: the one in fastconv/
+# stays as it is. libstdc++ is preloaded as well, because ASan must find its __cxa_throw when it starts. Leaks are not looked
+# for: the interpreter and torch never free what lives as long as the process.
 sanitize: $(STAMP)/venv  ## the tests marked `sanitize`, with the C++ under ASan and UBSan
 	rm -rf $(SANITIZED)/fastconv $(SANITIZED)/tests
 	FASTCONV_SANITIZE=address,undefined $(RUN) setup.py --quiet build_py --build-lib $(SANITIZED) \
 	    build_ext --build-lib $(SANITIZED)
+	nm -D $(SANITIZED)/fastconv/_C_cpu*.so | grep -q __asan_report_load
 	cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -60,7 +61,8 @@ wheel-check: $(STAMP)/venv  ## build the wheel, install it in fresh environments
 	$(RUN) tests/wheel_check.py $(TORCH_VERSIONS)
 
 clean:  ## remove all that the targets made, .venv included
-	rm -rf .venv .make build dist out *.egg-info fastconv/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .make build dist out *.egg-info fastconv/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up ---------------------------------------------------------------------------------------------------------------
@@ -73,7 +75,8 @@ $(STAMP)/machine:
 	@missing=; \
 	command -v $(CXX) >/dev/null || missing="$$missing g++"; \
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
-	test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || missing="$$missing python3-dev"; \
+	include="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')"; \
+	test -e "$$include/Python.h" || missing="$$missing python3-dev"; \
 	if [ -n "$$missing" ]; then \
 	    echo "fastconv needs system packages that are not installed. On Debian or Ubuntu:"; \
 	    echo "    sudo apt-get install$$missing"; exit 1; \
