@@ -10,17 +10,17 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   // conv2d: y = bias + input * weight
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, int[2] dilation, int groups, "
-      "str? algo=None) -> Tensor");
+      "str? algo) -> Tensor");
   // y = activation(scale * (input * weight) + shift + residual); scale and shift are (K), float32 (float64 for float64)
   m.def(
       "conv2d_fused(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[2] stride, "
-      "int[4] padding, int[2] dilation, int groups, int activation, str? algo=None) -> Tensor");
+      "int[4] padding, int[2] dilation, int groups, int activation, str? algo) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, "
-      "int[2] dilation, int groups, str? algo=None) -> Tensor");
+      "int[2] dilation, int groups, str? algo) -> Tensor");
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input, SymInt[2] kernel_size, int[2] stride, int[4] padding, "
-      "int[2] dilation, int groups, str? algo=None) -> Tensor");
+      "int[2] dilation, int groups, str? algo) -> Tensor");
   m.def("conv2d_bias_grad(Tensor grad_output) -> Tensor");
 
   // Offsets number the taps of a window row by row: uint8 for windows of up to 255 taps, int32 beyond.

@@ -1,0 +1,46 @@
+"""What the ops share: when a gradient path is needed, calling below autograd, memory formats of fakes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_functorch_level = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+def needs_function(*tensors: Tensor | None) -> bool:
+    """True if a derivative or a functorch transform may look at this call; otherwise the raw op is enough."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0 or _functorch_level() is not None
+
+
+def call_raw(op: Any, *args: Any) -> Any:
+    """Runs ``op`` below its Python autograd registration, which would cost more than a small convolution."""
+    with _BelowAutograd():
+        return op(*args)
+
+
+def suggested_format(*tensors: Tensor) -> torch.memory_format:
+    """torch's rule for convolutions: channels_last if any of the (N, C, H, W) operands is."""
+    for tensor in tensors:
+        if torch._prims_common.suggest_memory_format(tensor) == torch.channels_last:
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def empty_like_format(like: Tensor, shape: tuple[Any, ...], memory_format: torch.memory_format) -> Tensor:
+    """A fake output: dtype and device of ``like``, dense in ``memory_format``."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def fold(tensor: Tensor, dim: int | None, into: int, size: int) -> Tensor:
+    """Folds vmap's dimension ``dim`` (expanded to ``size`` if None) into axis ``into`` of the unbatched tensor."""
+    batched = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return batched.movedim(0, into).flatten(into, into + 1)
