@@ -1,9 +1,12 @@
 # Every target does its own set-up: a virtual environment in .venv, torch, the compiled extension, the data.
 # The second time only what changed is done again: .make/ holds a stamp for each finished step.
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
 PYTHON ?= python3
-# One known version for everybody. Where pip would fetch CUDA libraries that you do not want, name an index of CPU builds:
-# make demo TORCH="torch==2.13.0 --index-url URL"
+# One known version for everybody. Where pip would fetch CUDA libraries that you do not want, name an index of CPU
+# builds: make demo TORCH="torch==2.13.0 --index-url URL"
 TORCH ?= torch==2.13.0
 # What `make wheel-check` installs the wheel beside, for example TORCH_VERSIONS="2.10.0 2.13.0"
 TORCH_VERSIONS ?= 2.13.0
@@ -15,6 +18,10 @@ STAMP := .make
 RUN := $(VENV)/python
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp')
 SANITIZED := build/sanitized
+# Objects are kept under build/, where ninja finds what an edit touches. It prints whole command lines: the file's name
+# is enough, and warnings and errors pass as they are.
+BUILD = $(RUN) setup.py --quiet build_ext --inplace | $(SHORT)
+SHORT := sed -uE 's|^(\[[0-9]+/[0-9]+\]) .* -c [^ ]*/(csrc/[^ ]+) -o .*|\1 \2|; /^g\+\+ .* -shared /d'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test bench lint format sanitize wheel-check clean
@@ -44,13 +51,13 @@ format: $(STAMP)/venv  ## let the formatters rewrite the files
 	$(VENV)/ruff format .
 	$(VENV)/clang-format -i $(CPP_SOURCES)
 
-# The instrumented library lives in a tree of its own, beside copies of the Python files and the tests: the one in fastconv/
-# stays as it is. libstdc++ is preloaded as well, because ASan must find its __cxa_throw when it starts. Leaks are not looked
-# for: the interpreter and torch never free what lives as long as the process.
+# The instrumented library lives in a tree of its own, beside copies of the Python files and the tests: the one in
+# fastconv/ stays as it is. libstdc++ is preloaded as well, because ASan must find its __cxa_throw when it starts. Leaks
+# are not looked for: the interpreter and torch never free what lives as long as the process.
 sanitize: $(STAMP)/venv  ## the tests marked `sanitize`, with the C++ under ASan and UBSan
 	rm -rf $(SANITIZED)/fastconv $(SANITIZED)/tests
 	FASTCONV_SANITIZE=address,undefined $(RUN) setup.py --quiet build_py --build-lib $(SANITIZED) \
-	    build_ext --build-lib $(SANITIZED)
+	    build_ext --build-lib $(SANITIZED) | $(SHORT)
 	nm -D $(SANITIZED)/fastconv/_C_cpu*.so | grep -q __asan_report_load
 	cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
@@ -65,7 +72,7 @@ clean:  ## remove all that the targets made, .venv included
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --- set-up ---------------------------------------------------------------------------------------------------------------
+# --- set-up -----------------------------------------------------------------------------------------------------------
 
 # Said all at once, before anything is downloaded.
 $(STAMP)/machine:
@@ -83,19 +90,23 @@ $(STAMP)/machine:
 	fi
 	@mkdir -p $(STAMP) && touch $@
 
-# Torch first and alone, so that no other package's requirement picks another build of it.
+# Torch first and alone, so that no other package's requirement picks another build of it. The libraries are built
+# before the editable install, which would build them without a word; it then finds nothing left to do.
 $(STAMP)/venv: pyproject.toml | $(STAMP)/machine
-	test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet $(TORCH)
-	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja pybind11
-	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench,demo,lint]"
-	touch $@
+	@test -x $(RUN) || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing $(TORCH)"
+	@$(RUN) -m pip install --quiet $(TORCH)
+	@$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	@echo "compiling the kernels"
+	@$(BUILD)
+	@echo "installing fastconv and what its tests, benchmarks and checks need"
+	@$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench,demo,lint]"
+	@touch $@
 
-# Objects are kept under build/, so that ninja compiles again only what a change touches.
 $(STAMP)/build: setup.py $(CPP_SOURCES) $(STAMP)/venv
-	$(RUN) setup.py --quiet build_ext --inplace
-	touch $@
+	@$(BUILD)
+	@touch $@
 
 $(STAMP)/data: examples/mnist.py $(STAMP)/venv
-	$(RUN) examples/mnist.py
-	touch $@
+	@$(RUN) examples/mnist.py
+	@touch $@

@@ -140,7 +140,12 @@ class BuildFastconv(build_ext):
         command = build_with_torch()(self.distribution)
         command.__dict__.update({**self.__dict__, "use_ninja": command.use_ninja, "no_python_abi_suffix": False})
         command.force = True  # ninja decides what is out of date, headers included
-        command.run()
+        try:
+            command.run()
+        except RuntimeError as error:
+            if "compiling objects" not in str(error):
+                raise
+            raise CompileError("fastconv: a file did not compile; the compiler's own message is above") from error
 
 
 def build_with_torch() -> type[build_ext]:
