@@ -1,0 +1,24 @@
+"""Convolution and pooling kernels for PyTorch, hand-written, as drop-in layers and functions."""
+
+from __future__ import annotations
+
+from fastconv import functional
+from fastconv.layers import AdaptiveAvgPool2d, AvgPool2d, Conv2d, GlobalAvgPool2d, LocalResponseNorm, MaxPool2d
+from fastconv.stats import reset_stats, stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # layers
+    "Conv2d",
+    "MaxPool2d",
+    "AvgPool2d",
+    "AdaptiveAvgPool2d",
+    "GlobalAvgPool2d",
+    "LocalResponseNorm",
+    # functions
+    "functional",
+    # what ran
+    "stats",
+    "reset_stats",
+]

@@ -17,7 +17,9 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 def find_library(stem: str) -> str | None:
     """Path of the shared library ``stem`` beside this file, or None."""
-    found = sorted(glob.glob(os.path.join(_HERE, stem + ".*so"))) + sorted(glob.glob(os.path.join(_HERE, stem + ".*pyd")))
+    found = sorted(glob.glob(os.path.join(_HERE, stem + ".*so"))) + sorted(
+        glob.glob(os.path.join(_HERE, stem + ".*pyd"))
+    )
     return found[0] if found else None
 
 

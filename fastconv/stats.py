@@ -9,8 +9,8 @@ from fastconv._library import ops, torch_calls
 def stats() -> dict[str, int]:
     """Calls per kernel since import or :func:`reset_stats`.
 
-    Keys are ``"<op>/<algo>"`` for kernels of this package, for example ``"conv2d/tiled"``, and ``"torch/<function>"`` for
-    calls that were handed to torch because no kernel here serves them. Kernels that did not run are left out.
+    Keys are ``"<op>/<algo>"`` for kernels of this package, for example ``"conv2d/tiled"``, and ``"torch/<function>"``
+    for calls that were handed to torch because no kernel here serves them. Kernels that did not run are left out.
     """
     counts = zip(_C.kernel_names(), ops.kernel_counts().tolist(), strict=True)
     result = {name: count for name, count in counts if count}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_functorch_level = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
+_functorch_level = torch._C._functorch.maybe_current_level
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -19,6 +19,11 @@ def needs_function(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return forward_ad._current_level >= 0 or _functorch_level() is not None
+
+
+def tracing() -> bool:
+    """True where a graph is being recorded: torch.compile, torch.export, torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def call_raw(op: Any, *args: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastconv._library import ops
-from fastconv.ops._autograd import call_raw, empty_like_format, fold, needs_function, suggested_format
+from fastconv.ops._autograd import call_raw, empty_like_format, fold, needs_function, suggested_format, tracing
 
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
@@ -33,7 +33,7 @@ def conv2d(
     groups: int,
     algo: str | None = None,
 ) -> Tensor:
-    if torch.compiler.is_compiling():
+    if tracing():
         result: Tensor = ops.conv2d.default(input, weight, bias, stride, padding, dilation, groups, algo)
     elif needs_function(input, weight, bias):
         result = Conv2d.apply(input, weight, bias, stride, padding, dilation, groups, algo)
@@ -53,7 +53,7 @@ def conv2d_input_grad(
     algo: str | None = None,
 ) -> Tensor:
     args = (grad_output, weight, input_size, stride, padding, dilation, groups, algo)
-    if torch.compiler.is_compiling():
+    if tracing():
         result: Tensor = ops.conv2d_input_grad.default(*args)
     elif needs_function(grad_output, weight):
         result = Conv2dInputGrad.apply(*args)
@@ -73,7 +73,7 @@ def conv2d_weight_grad(
     algo: str | None = None,
 ) -> Tensor:
     args = (grad_output, input, kernel_size, stride, padding, dilation, groups, algo)
-    if torch.compiler.is_compiling():
+    if tracing():
         result: Tensor = ops.conv2d_weight_grad.default(*args)
     elif needs_function(grad_output, input):
         result = Conv2dWeightGrad.apply(*args)
@@ -83,7 +83,7 @@ def conv2d_weight_grad(
 
 
 def conv2d_bias_grad(grad_output: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
+    if tracing():
         result: Tensor = ops.conv2d_bias_grad.default(grad_output)
     elif needs_function(grad_output):
         result = Conv2dBiasGrad.apply(grad_output)

@@ -1,0 +1,161 @@
+"""Arguments of torch.nn.functional's signatures, normalised; and the reason why a call cannot be served.
+
+A refusal is a sentence that says what was got, what is wanted and the remedy. ``None`` means that a kernel serves the
+call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+DEVICES = frozenset({"cpu", "meta"})
+
+
+def pair(value: Any) -> tuple[Any, Any] | None:
+    """One number, or a sequence of one or two, as two; None if it is neither."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    if _is_number(value):
+        return value, value
+    if isinstance(value, Sequence) and not isinstance(value, str) and 1 <= len(value) <= 2:
+        numbers = [item if type(item) is int else _as_number(item) for item in value]
+        if None not in numbers:
+            return numbers[0], numbers[-1]
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool))
+
+
+def _as_number(value: Any) -> Any:
+    return value if _is_number(value) else None
+
+
+def tensor_refusal(function: str, name: str, tensor: Any) -> str | None:
+    """Why ``tensor`` is nothing that the kernels can read."""
+    if not isinstance(tensor, Tensor):
+        return f"{name} is {type(tensor).__name__}, expected a Tensor"
+    if tensor.dtype not in DTYPES:
+        return (
+            f"{name} is {tensor.dtype}, {function} has kernels for float32, float64, float16 and bfloat16; "
+            "convert it with .to()"
+        )
+    if tensor.layout is not torch.strided:
+        return f"{name} has layout {tensor.layout}, expected torch.strided; call .to_dense() first"
+    if tensor.device.type not in DEVICES:
+        return f"{name} is on {tensor.device}, {function} has kernels for the CPU; move it with .cpu()"
+    return None
+
+
+def same_padding(kernel: Sequence[int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) to keep the size at stride 1; an odd total puts one more at the end, as in torch."""
+    rows, columns = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
+    return rows // 2, columns // 2, rows - rows // 2, columns - columns // 2
+
+
+def conv2d_padding(padding: Any, kernel: Sequence[int], stride: Any, dilation: Any) -> Any:
+    """``padding`` as (top, left, bottom, right), or a refusal."""
+    if type(padding) is str:
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding == "same":
+            if stride != (1, 1):
+                return f"padding is 'same' and stride {stride}, expected stride 1; give the padding as numbers"
+            return same_padding(kernel, dilation)
+        return f"padding is {padding!r}, expected 'same', 'valid' or numbers"
+    both = pair(padding)
+    if both is None:
+        return f"padding is {padding!r}, expected one or two integers, 'same' or 'valid'"
+    if both[0] < 0 or both[1] < 0:
+        return f"padding is {both}, expected no negative number; crop the input instead"
+    return both[0], both[1], both[0], both[1]
+
+
+def conv2d_refusal(
+    input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> str | None:
+    """Why no kernel serves this convolution; arguments as conv2d normalised them (padding may be a refusal already)."""
+    reason = tensor_refusal("conv2d", "input", input) or tensor_refusal("conv2d", "weight", weight)
+    if reason is None and bias is not None:
+        reason = tensor_refusal("conv2d", "bias", bias)
+    if reason is not None:
+        return reason
+    if input.dtype != weight.dtype or (bias is not None and bias.dtype != input.dtype):
+        found = f"{input.dtype} and {weight.dtype}" + ("" if bias is None else f" and {bias.dtype}")
+        return f"input, weight (and bias) are {found}, expected one dtype; convert, or use torch.autocast"
+    if input.device != weight.device or (bias is not None and bias.device != input.device):
+        return f"input is on {input.device} and weight on {weight.device}, expected one device; move one with .to()"
+    if weight.dim() != 4 or input.dim() not in (3, 4):
+        return (
+            f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}, expected (N, C, H, W) or "
+            "(C, H, W) and (K, C / groups, R, S)"
+        )
+    if stride is None or dilation is None or min(stride) < 1 or min(dilation) < 1:
+        return f"stride is {stride} and dilation {dilation}, expected integers of at least 1"
+    if isinstance(padding, str):
+        return padding
+    if not _is_number(groups) or groups < 1:
+        return f"groups is {groups!r}, expected an integer of at least 1"
+    if torch._C._is_tracing() and not torch.compiler.is_compiling():
+        return None  # torch.jit.trace: sizes are tensors, and comparing them would bake them in; the op checks them
+    return _conv2d_shape_refusal(input, weight, bias, padding, dilation, groups)
+
+
+def _conv2d_shape_refusal(
+    input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, dilation: Any, groups: int
+) -> str | None:
+    channels, rows, columns = input.shape[-3:]
+    filters, depth, kernel_rows, kernel_columns = weight.shape
+    if depth * groups != channels:
+        return (
+            f"weight.size(1) is {depth} and input has {channels} channels, expected weight.size(1) == "
+            f"in_channels / groups with groups = {groups}; check groups and the input's channels"
+        )
+    if filters % groups != 0 or filters == 0:
+        return f"weight.size(0) is {filters}, expected a positive multiple of groups = {groups}"
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != filters):
+        return f"bias has shape {tuple(bias.shape)}, expected ({filters},), one number per output channel"
+    if depth == 0 or kernel_rows == 0 or kernel_columns == 0:
+        return f"weight has shape {tuple(weight.shape)}, expected no empty dimension"
+    if (
+        rows + padding[0] + padding[2] < dilation[0] * (kernel_rows - 1) + 1
+        or columns + padding[1] + padding[3] < dilation[1] * (kernel_columns - 1) + 1
+    ):
+        return (
+            f"the kernel {kernel_rows} x {kernel_columns} with dilation {dilation} is larger than the padded input, "
+            f"{rows + padding[0] + padding[2]} x {columns + padding[1] + padding[3]}; pad more or use a smaller kernel"
+        )
+    return None
+
+
+def pool_refusal(function: str, input: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> str | None:
+    """Why no kernel serves this pooling window; arguments as normalised by the caller."""
+    reason = tensor_refusal(function, "input", input)
+    if reason is not None:
+        return reason
+    if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
+        return f"input has shape {tuple(input.shape)}, expected (N, C, H, W) or (C, H, W) with no empty C, H or W"
+    for name, value, least in (
+        ("kernel_size", kernel, 1),
+        ("stride", stride, 1),
+        ("dilation", dilation, 1),
+        ("padding", padding, 0),
+    ):
+        if value is None or min(value) < least:
+            return f"{name} is {value}, expected one or two integers of at least {least}"
+    if padding[0] * 2 > kernel[0] or padding[1] * 2 > kernel[1]:
+        return f"padding is {padding}, expected at most half of kernel_size {kernel}"
+    for axis in (0, 1):
+        size = input.shape[axis - 2] + 2 * padding[axis]
+        if size < dilation[axis] * (kernel[axis] - 1) + 1:
+            return (
+                f"the window {kernel} with dilation {dilation} is larger than the padded input, {size} along "
+                f"{'HW'[axis]}; pad more or use a smaller window"
+            )
+    return None
