@@ -1,21 +1,33 @@
 // fastconv._C: what the package can tell about its kernels without touching a tensor. No torch in here.
+//
+// A plan asks the selection that the host functions ask (conv2d/select.h), so the two cannot disagree.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "common/isa.h"
 #include "common/registry.h"
+#include "conv2d/select.h"
+#include "conv2d/tile_shape.h"
 
 namespace py = pybind11;
 using namespace fastconv;
 
 namespace {
 
+using Shape = std::vector<int64_t>;
+
+std::string full_name(Kernel kernel) {
+  const KernelName& name = kKernelNames[static_cast<int32_t>(kernel)];
+  return std::string(name.op) + "/" + name.algo;
+}
+
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
-  for (const KernelName& name : kKernelNames) names.push_back(std::string(name.op) + "/" + name.algo);
+  for (int32_t i = 0; i < kKernelCount; ++i) names.push_back(full_name(static_cast<Kernel>(i)));
   return names;
 }
 
@@ -26,6 +38,156 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "float64") return DType::f64;
+  if (name == "float16") return DType::f16;
+  if (name == "bfloat16") return DType::bf16;
+  throw py::value_error("dtype is " + name + ", expected float32, float64, float16 or bfloat16");
+}
+
+ConvPass pass_named(const std::string& name) {
+  if (name == "forward") return ConvPass::forward;
+  if (name == "input_grad") return ConvPass::input_grad;
+  if (name == "weight_grad") return ConvPass::weight_grad;
+  throw py::value_error("pass is " + name + ", expected forward, input_grad or weight_grad");
+}
+
+void require_length(const char* name, const Shape& values, size_t wanted) {
+  if (values.size() != wanted)
+    throw py::value_error(std::string(name) + " has " + std::to_string(values.size()) + " numbers, expected " +
+                          std::to_string(wanted));
+}
+
+ConvProblem conv_problem(const Shape& input, const Shape& weight, const Shape& stride, const Shape& padding,
+                         const Shape& dilation, int64_t groups) {
+  require_length("input_shape", input, 4);
+  require_length("weight_shape", weight, 4);
+  require_length("stride", stride, 2);
+  require_length("padding", padding, 4);
+  require_length("dilation", dilation, 2);
+  if (groups < 1 || stride[0] < 1 || stride[1] < 1 || dilation[0] < 1 || dilation[1] < 1)
+    throw py::value_error("groups, stride and dilation are expected to be at least 1");
+  if (weight[1] * groups != input[1])
+    throw py::value_error("weight_shape[1] is " + std::to_string(weight[1]) + ", expected in_channels / groups with " +
+                          std::to_string(input[1]) + " channels and " + std::to_string(groups) + " groups");
+  ConvProblem p{};
+  p.n = input[0], p.c = input[1], p.h = input[2], p.w = input[3];
+  p.k = weight[0], p.r = weight[2], p.s = weight[3];
+  p.stride = {stride[0], stride[1]}, p.dilation = {dilation[0], dilation[1]};
+  p.padding = {padding[0], padding[1], padding[2], padding[3]};
+  p.groups = groups;
+  return p;
+}
+
+/// The register tile of the kernels that end in conv2d/cpu_tile.h; None for those that have none.
+py::object tile_of(const std::string& algo, const ConvProblem& p, ConvPass pass) {
+  if (algo != "tiled") return py::none();
+  const TileShape shape = tile_shape(active_isa());
+  const char* channels = pass == ConvPass::input_grad ? "input channels" : "output channels";
+  py::dict tile;
+  tile["rows"] = shape.rows;
+  tile["columns"] = shape.columns(p.dtype);
+  if (pass == ConvPass::weight_grad) {
+    tile["rows_are"] = channels;
+    tile["columns_are"] = "weights of one output channel";
+  } else {
+    tile["rows_are"] = p.layout == Layout::nchw ? channels : "pixels";
+    tile["columns_are"] = p.layout == Layout::nchw ? "pixels" : channels;
+  }
+  return tile;
+}
+
+py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& stride, const Shape& padding,
+                     const Shape& dilation, int64_t groups, bool channels_last, const std::string& dtype,
+                     const std::string& pass_name, const std::optional<std::string>& algo) {
+  ConvProblem p = conv_problem(input, weight, stride, padding, dilation, groups);
+  p.layout = channels_last ? Layout::nhwc : Layout::nchw;
+  p.dtype = dtype_named(dtype);
+  const ConvPass pass = pass_named(pass_name);
+  const Kernel chosen = select_conv2d(p, pass, algo ? *algo : "");
+
+  py::dict plan, refused;
+  py::list able;
+  for (const ConvCandidate& candidate : kConvCandidates) {
+    const std::string name(candidate.algo);
+    if (const char* reason = candidate.refuse(p, pass)) refused[py::str(name)] = reason;
+    else able.append(name);
+    if (kernel_of(candidate, pass) != chosen) continue;
+    plan["algo"] = name;
+    plan["tile"] = tile_of(name, p, pass);
+  }
+  plan["kernel"] = full_name(chosen);
+  plan["able"] = able;
+  plan["refused"] = refused;
+  plan["output_shape"] = py::make_tuple(p.n, p.k, p.p(), p.q());
+  plan["flops"] = p.flops();
+  plan["bytes"] = p.bytes();
+  return plan;
+}
+
+py::dict plan_pool(const Shape& input, const Shape& kernel, const Shape& stride, const Shape& padding,
+                   const Shape& dilation, bool ceil_mode, const std::string& dtype) {
+  require_length("input_shape", input, 4);
+  for (const auto& [name, values] : {std::pair{"kernel", &kernel}, {"stride", &stride}, {"dilation", &dilation}}) {
+    require_length(name, *values, 2);
+    if ((*values)[0] < 1 || (*values)[1] < 1) throw py::value_error(std::string(name) + " is expected at least 1");
+  }
+  require_length("padding", padding, 2);
+  PoolProblem p{};
+  p.n = input[0], p.c = input[1], p.h = input[2], p.w = input[3];
+  p.r = kernel[0], p.s = kernel[1];
+  p.stride = {stride[0], stride[1]}, p.dilation = {dilation[0], dilation[1]}, p.padding = {padding[0], padding[1]};
+  p.ceil_mode = ceil_mode;
+  p.dtype = dtype_named(dtype);
+  py::dict plan;
+  plan["output_shape"] = py::make_tuple(p.n, p.c, p.p(), p.q());
+  plan["flops"] = p.flops();
+  plan["bytes"] = p.bytes();
+  return plan;
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+  info["cxx_standard"] = static_cast<int64_t>(__cplusplus);
+#if defined(__OPTIMIZE__)
+  info["optimized"] = true;
+#else
+  info["optimized"] = false;
+#endif
+#if defined(NDEBUG)
+  info["asserts"] = false;
+#else
+  info["asserts"] = true;
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  info["sanitized"] = true;
+#else
+  info["sanitized"] = false;
+#endif
+  info["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
+  // Both come from setup.py; None if it does not pass them to this extension.
+#if defined(FASTCONV_COMPILE_FLAGS)
+  info["flags"] = FASTCONV_COMPILE_FLAGS;
+#else
+  info["flags"] = py::none();
+#endif
+#if defined(TORCH_TARGET_VERSION)
+  info["torch_target"] =
+      std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
+#else
+  info["torch_target"] = py::none();
+#endif
+  return info;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -33,4 +195,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_names", &kernel_names, "Every kernel as op/algo, in the order of torch.ops.fastconv.kernel_counts()");
   m.def("supported_isas", &supported_isas, "Instruction sets that this CPU has and fastconv has kernels for");
   m.def("active_isa", [] { return std::string(name_of(active_isa())); }, "The instruction set in use");
+  m.def("build_info", &build_info, "How the native code was compiled");
+  m.def("plan_conv2d", &plan_conv2d, py::arg("input_shape"), py::arg("weight_shape"), py::kw_only(), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"),
+        py::arg("pass_name"), py::arg("algo") = py::none(),
+        "The kernel that serves a convolution, why others do not, its tile, FLOPs and bytes. Raises RuntimeError if "
+        "`algo` refuses.");
+  m.def("plan_pool", &plan_pool, py::arg("input_shape"), py::kw_only(), py::arg("kernel"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("ceil_mode"), py::arg("dtype"),
+        "Output shape, operations and bytes of a pooling window");
 }
