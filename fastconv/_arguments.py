@@ -102,7 +102,7 @@ def conv2d_refusal(
         return padding
     if not _is_number(groups) or groups < 1:
         return f"groups is {groups!r}, expected an integer of at least 1"
-    if torch._C._is_tracing() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return None  # torch.jit.trace: sizes are tensors, and comparing them would bake them in; the op checks them
     return _conv2d_shape_refusal(input, weight, bias, padding, dilation, groups)
 

@@ -36,7 +36,7 @@ def conv2d(
     if tracing():
         result: Tensor = ops.conv2d.default(input, weight, bias, stride, padding, dilation, groups, algo)
     elif needs_function(input, weight, bias):
-        result = Conv2d.apply(input, weight, bias, stride, padding, dilation, groups, algo)
+        result = Conv2d.apply(input, weight, bias, stride, padding, dilation, groups, algo)  # type: ignore[no-untyped-call]
     else:
         result = call_raw(ops.conv2d.default, input, weight, bias, stride, padding, dilation, groups, algo)
     return result
@@ -56,7 +56,7 @@ def conv2d_input_grad(
     if tracing():
         result: Tensor = ops.conv2d_input_grad.default(*args)
     elif needs_function(grad_output, weight):
-        result = Conv2dInputGrad.apply(*args)
+        result = Conv2dInputGrad.apply(*args)  # type: ignore[no-untyped-call]
     else:
         result = call_raw(ops.conv2d_input_grad.default, *args)
     return result
@@ -76,7 +76,7 @@ def conv2d_weight_grad(
     if tracing():
         result: Tensor = ops.conv2d_weight_grad.default(*args)
     elif needs_function(grad_output, input):
-        result = Conv2dWeightGrad.apply(*args)
+        result = Conv2dWeightGrad.apply(*args)  # type: ignore[no-untyped-call]
     else:
         result = call_raw(ops.conv2d_weight_grad.default, *args)
     return result
@@ -86,7 +86,7 @@ def conv2d_bias_grad(grad_output: Tensor) -> Tensor:
     if tracing():
         result: Tensor = ops.conv2d_bias_grad.default(grad_output)
     elif needs_function(grad_output):
-        result = Conv2dBiasGrad.apply(grad_output)
+        result = Conv2dBiasGrad.apply(grad_output)  # type: ignore[no-untyped-call]
     else:
         result = call_raw(ops.conv2d_bias_grad.default, grad_output)
     return result
