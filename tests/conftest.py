@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import stats as _stats
+from fastconv.stats import reset_stats, stats
 
 M_PERTURB = -6  # glibc's mallopt: fill every block from malloc with a byte
 PERTURB_BYTE = 0x80  # blocks are filled with its complement: 0x7f7f... is 3.4e38 as float32, 1.4e306 as float64
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _same_start() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.manual_seed(0)
-    _stats.reset_stats()
+    reset_stats()
     yield
     torch.set_num_threads(threads)
 
@@ -76,9 +76,9 @@ def ran() -> Ran:
 
     @contextmanager
     def check(*kernels: str, torch_calls: int = 0) -> Iterator[None]:
-        _stats.reset_stats()
+        reset_stats()
         yield
-        counts = _stats.stats()
+        counts = stats()
         handed_over = {name: count for name, count in counts.items() if name.startswith("torch/")}
         assert sum(handed_over.values()) == torch_calls, f"went to torch: {handed_over}"
         for kernel in kernels:

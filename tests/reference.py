@@ -126,7 +126,12 @@ def allowances(problem: Conv) -> Results:
     also covers the worst case of one or two products. Storing the result rounds once more, in the storage's precision.
     """
     _, (_, c_per_group, r, s), (n, _, p, q) = problem.shapes()
-    lengths = {"output": c_per_group * r * s, "input": problem.k_per_group * r * s, "weight": n * p * q, "bias": n * p * q}
+    lengths = {
+        "output": c_per_group * r * s,
+        "input": problem.k_per_group * r * s,
+        "weight": n * p * q,
+        "bias": n * p * q,
+    }
     squares = differentiate(problem, *(None if t is None else t.double().square() for t in problem.tensors()))
     accumulator = torch.finfo(torch.float64 if problem.dtype == torch.float64 else torch.float32).eps
     storage = torch.finfo(problem.dtype)
@@ -168,3 +173,35 @@ def check(problem: Conv) -> None:
         their_error = (theirs[name].double() - value).abs().max().item()
         bound = 2 * their_error + 0.5 * allowed[name].max().item()
         assert_within(actual[name], value, bound, f"{name} of {problem} against twice torch's error")
+
+
+def assert_as_good(actual: Tensor, theirs: Tensor, exact: Tensor, what: str, allowed_roundings: float = 4) -> None:
+    """``actual`` is the size, dtype and infinities of torch's result, and at most twice as far from float64's ``exact``.
+
+    On top comes what any order of summation may differ by: ``allowed_roundings`` times eps at the result's RMS.
+    """
+    assert actual.dtype == theirs.dtype, f"{what}: {actual.dtype}, torch gives {theirs.dtype}"
+    assert actual.shape == theirs.shape, f"{what}: shape {tuple(actual.shape)}, torch gives {tuple(theirs.shape)}"
+    assert actual.device == theirs.device
+    if not actual.is_floating_point():
+        assert torch.equal(actual, theirs), f"{what} differs from torch's"
+        return
+    if actual.numel() == 0:
+        return
+    finite = exact.isfinite()
+    both = actual.double()[finite], exact[finite]
+    assert torch.equal(actual.double()[~finite].nan_to_num(0.5), exact[~finite].nan_to_num(0.5)), f"{what}: inf or NaN"
+    if both[0].numel() == 0:
+        return
+    their_error = (theirs.double()[finite] - both[1]).abs().max().item()
+    eps = torch.finfo(actual.dtype)
+    rms = both[1].square().mean().sqrt().item()
+    bound = 2 * their_error + allowed_roundings * eps.eps * (rms + both[1].abs()) + eps.tiny * eps.eps
+    assert_within(*both, bound, what)
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Every tensor in nested tuples and lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (tuple, list)) else []

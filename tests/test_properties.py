@@ -32,9 +32,7 @@ def convolutions(draw, integers: bool = False) -> Conv:
     dilation = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     padding = draw(st.tuples(*[st.integers(0, 4)] * 4))
     extra = draw(st.tuples(st.integers(0, 11), st.integers(0, 19)))
-    size = tuple(
-        max(1, dilation[d] * (kernel[d] - 1) + 1 - padding[d] - padding[d + 2] + extra[d]) for d in range(2)
-    )
+    size = tuple(max(1, dilation[d] * (kernel[d] - 1) + 1 - padding[d] - padding[d + 2] + extra[d]) for d in range(2))
     return Conv(
         n=draw(st.integers(1, 3)),
         groups=groups,
