@@ -1,0 +1,193 @@
+"""Options, and the fixture that measures ours and torch's in turns.
+
+pytest benchmarks --benchmark-only                                         everything, half an hour on two cores
+pytest benchmarks --benchmark-only --quick                                 a few layers of each family, under two minutes
+pytest benchmarks --benchmark-only --save-table benchmarks/results/cpu.md  also a table of ratios, and the same as JSON
+pytest benchmarks --benchmark-only -k "forward and nchw and b1"            a part
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import layers, measure, report
+from benchmarks.report import Case, Row
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+FULL_SECONDS, QUICK_SECONDS = 0.4, 0.05  # for each case
+QUICK_LAYERS = {1: 2, 8: 1}  # of each family, by batch size
+QUICK_FLOPS = 3e9  # no single call above this in the quick run
+
+Measure = Callable[[Case, measure.Call, measure.Call, int], Row]
+ROWS = pytest.StashKey[list[Row]]()
+NOTES = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastconv")
+    group.addoption("--quick", action="store_true", help="a few layers of each family, small budgets")
+    group.addoption("--device", default="cpu", help="cpu (default) or cuda, there against cuDNN")
+    group.addoption("--dtype", default="float32", choices=sorted(DTYPES), help="of all tensors (default float32)")
+    group.addoption("--save-table", metavar="PATH", help="write ratios to PATH (.md) and the same as .json beside it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS], config.stash[NOTES] = [], []
+    try:
+        device = torch.device(config.getoption("--device"))
+    except RuntimeError as error:
+        raise pytest.UsageError(f"--device: {error}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--device is {device}, expected cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device is cuda, but torch finds no CUDA device; leave the option out to use the CPU")
+    # pytest-benchmark's own table would list a thousand bare times; -v or --benchmark-verbose brings it back.
+    if not config.getoption("benchmark_verbose") and config.getoption("verbose") <= 0:
+        config.option.benchmark_quiet = True
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`layer` and `batch` cover the LAYERS of the test's module, `layout` both memory formats."""
+    if "layer" in metafunc.fixturenames:
+        quick = metafunc.config.getoption("--quick")
+        cases = [
+            pytest.param(layer, batch, id=f"{layer.family.replace(' ', '-')}-{layer}-b{batch}".replace(" ", "_"))
+            for batch in QUICK_LAYERS
+            for layer in _layers(metafunc.module.LAYERS, batch, quick)
+        ]
+        metafunc.parametrize(("layer", "batch"), cases)
+    if "layout" in metafunc.fixturenames:
+        metafunc.parametrize("layout", report.LAYOUTS)
+
+
+def _layers(everything: list[Any], batch: int, quick: bool) -> list[Any]:
+    if not quick:
+        return everything
+    affordable = [layer for layer in everything if layer.flops(batch) <= QUICK_FLOPS]
+    return layers.representative(affordable, QUICK_LAYERS[batch])
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return DTYPES[request.config.getoption("--dtype")]
+
+
+@pytest.fixture(scope="session")
+def ceilings(request: pytest.FixtureRequest, device: torch.device, dtype: torch.dtype) -> measure.Ceilings:
+    quick = request.config.getoption("--quick")
+    found = measure.measure_ceilings(device, dtype, 0.5 if quick else 3)
+    request.config.stash[NOTES].append(
+        f"Roofline ceilings are proxies measured in the same run: torch.mm for FLOPs, copy_ for bytes "
+        f"({found.flops_per_second / found.bytes_per_second:.0f} FLOPs per byte where they meet); data that stay in a "
+        "cache can pass 100 %"
+    )
+    return found
+
+
+@pytest.fixture
+def measured(
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    ceilings: measure.Ceilings,
+) -> Iterator[Measure]:
+    """measured(case, ours, theirs, terms): checks that results agree, then measures both in turns."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        pytest.skip("fastconv has no CUDA kernels yet; there is nothing to compare with cuDNN")
+
+    budget = QUICK_SECONDS if request.config.getoption("--quick") else FULL_SECONDS
+
+    def run(case: Case, ours: measure.Call, theirs: measure.Call, terms: int) -> Row:
+        kernel = _kernel_of(ours)
+        measure.require_agreement(ours(), theirs(), terms)
+        turns = measure.take_turns(benchmark, measure.clock_of(device), ours, theirs, budget)
+        row = _row(case, kernel, turns, ceilings)
+        benchmark.group = f"{case.op} {case.family} {case.direction}"
+        benchmark.extra_info.update(row.as_json())
+        request.config.stash[ROWS].append(row)
+        return row
+
+    with torch.inference_mode():
+        yield run
+
+
+def _kernel_of(call: measure.Call) -> str:
+    import fastconv
+
+    fastconv.reset_stats()
+    call()
+    return ", ".join(name.split("/")[-1] if not name.startswith("torch/") else name for name in fastconv.stats())
+
+
+def _row(case: Case, kernel: str, turns: measure.Turns, ceilings: measure.Ceilings) -> Row:
+    import statistics
+
+    our_seconds, torch_seconds = statistics.median(turns.ours), statistics.median(turns.theirs)
+    floor = ceilings.floor_seconds(case.flops, case.bytes)
+    low, high = turns.spread
+    return Row(
+        case,
+        kernel,
+        turns.ratio,
+        low,
+        high,
+        floor / our_seconds,
+        floor / torch_seconds,
+        our_seconds,
+        torch_seconds,
+        len(turns.ours),
+    )
+
+
+def facts(config: pytest.Config) -> dict[str, str]:
+    from fastconv import _C
+
+    device = torch.device(config.getoption("--device"))
+    return {
+        "device": report.machine(device),
+        "instruction set": _C.active_isa(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "dtype": config.getoption("--dtype"),
+        "selection": "quick" if config.getoption("--quick") else "full",
+    }
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "fastconv: " + ", ".join(f"{name} {value}" for name, value in facts(config).items())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows, notes = config.stash[ROWS], config.stash[NOTES]
+    if not rows:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("fastconv against torch: our time / torch's time")
+    for line in report.plain_table(report.HEADINGS, [report.layer_cells(row) for row in rows]):
+        write(line)
+    for title, headings, cells in report.summary_tables(rows):
+        write("")
+        write(f"Geometric means, {title}")
+        for line in report.plain_table(headings, cells):
+            write(line)
+    write("")
+    for note in notes:
+        write(note + ".")
+    write(report.totals(rows))
+    path = config.getoption("--save-table")
+    if path:
+        report.save(Path(path), facts(config), rows, notes)
+        write(f"saved {path}")

@@ -1,0 +1,135 @@
+"""Clocks, two calls measured in turns, and the machine's ceilings."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], Any]
+MIN_ROUNDS, MAX_ROUNDS = 5, 500
+PILOT_ROUNDS = 3
+
+
+class Clock(Protocol):
+    def seconds(self, call: Call) -> float: ...
+
+
+class CpuClock:
+    def seconds(self, call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+class CudaClock:
+    """Device time between two events on the current stream."""
+
+    def seconds(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+
+def clock_of(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else CpuClock()
+
+
+@dataclass
+class Turns:
+    """Times of two calls that took turns, in seconds; pair by pair, so that both met the same machine."""
+
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Ours over theirs, of the medians: below 1 we are the faster."""
+        return statistics.median(self.ours) / statistics.median(self.theirs)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The quartiles of the pairs' own ratios."""
+        ratios = [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+        if len(ratios) < 2:
+            return ratios[0], ratios[0]
+        first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
+        return first, third
+
+
+def take_turns(benchmark: Any, clock: Clock, ours: Call, theirs: Call, budget_seconds: float) -> Turns:
+    """Runs theirs, ours, theirs, ours, ... under pytest-benchmark, for about ``budget_seconds``.
+
+    pedantic() calls ``setup`` before each round and leaves it out of its own times: there the other side takes its turn.
+    """
+    turns = Turns()
+    # Caches, thread pools and cuDNN's search are not what is measured. The least of a few, because one call that a busy
+    # machine interrupted would leave a short case with hardly any rounds.
+    pair_seconds = min(clock.seconds(ours) + clock.seconds(theirs) for _ in range(PILOT_ROUNDS))
+    rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, budget_seconds / max(pair_seconds, 1e-9))))
+
+    def their_turn() -> None:
+        turns.theirs.append(clock.seconds(theirs))
+
+    def our_turn() -> None:
+        turns.ours.append(clock.seconds(ours))
+
+    benchmark.pedantic(our_turn, setup=their_turn, rounds=rounds, iterations=1)
+    return turns
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the roofline is made of. Proxies: the rate of torch's matrix product and of ``copy_``, each at its best."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def floor_seconds(self, flops: int, moved_bytes: int) -> float:
+        return max(flops / self.flops_per_second, moved_bytes / self.bytes_per_second)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds_each: float) -> Ceilings:
+    """On the CPU 16-bit kernels multiply in float32, so there the ceiling is float32's."""
+    clock = clock_of(device)
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1024
+    factor_dtype = dtype if cuda or dtype == torch.float64 else torch.float32
+    left, right = (torch.randn(size, size, device=device, dtype=factor_dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    source = torch.ones(1 << (28 if cuda else 25), device=device)  # larger than any cache
+    target = torch.empty_like(source)
+    return Ceilings(
+        2 * size**3 / _best(clock, lambda: torch.mm(left, right, out=product), seconds_each),
+        2 * source.numel() * source.element_size() / _best(clock, lambda: target.copy_(source), seconds_each),
+    )
+
+
+def _best(clock: Clock, call: Call, budget_seconds: float) -> float:
+    call()
+    times = []
+    end = time.perf_counter() + budget_seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        times.append(clock.seconds(call))
+    return min(times)
+
+
+def require_agreement(ours: torch.Tensor, theirs: torch.Tensor, terms: int) -> None:
+    """Raises AssertionError unless both results of sums of ``terms`` products agree within what rounding explains."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        raise AssertionError(
+            f"fastconv gave {tuple(ours.shape)} {ours.dtype}, torch {tuple(theirs.shape)} {theirs.dtype}"
+        )
+    wide = theirs.double()
+    scale = float(wide.square().mean().sqrt())
+    error = float((ours.double() - wide).abs().max())
+    allowed = 32 * torch.finfo(theirs.dtype).eps * max(terms, 1) ** 0.5 * scale
+    if not error <= allowed:  # also where it is NaN
+        raise AssertionError(f"fastconv and torch differ by {error:.3g}, rounding explains {allowed:.3g}")
