@@ -121,9 +121,9 @@ def results_by_fastconv(problem: Conv) -> Results:
 def allowances(problem: Conv) -> Results:
     """How far each result may be from float64's, element by element.
 
-    A sum of L products of random numbers, kept in the accumulator's precision u, strays by about u * sqrt(L) times the root
-    of the sum of squared products (the RMS that the result would have for random signs); 4 of those are allowed, which
-    also covers the worst case of one or two products. Storing the result rounds once more, in the storage's precision.
+    A sum of L products of random numbers, kept in the accumulator's precision u, strays by about u * sqrt(L) times the
+    root of the sum of squared products (the RMS that the result would have for random signs); 4 of those are allowed,
+    which also covers the worst case of one or two products. Storing the result rounds once more, in its own precision.
     """
     _, (_, c_per_group, r, s), (n, _, p, q) = problem.shapes()
     lengths = {
@@ -176,7 +176,7 @@ def check(problem: Conv) -> None:
 
 
 def assert_as_good(actual: Tensor, theirs: Tensor, exact: Tensor, what: str, allowed_roundings: float = 4) -> None:
-    """``actual`` is the size, dtype and infinities of torch's result, and at most twice as far from float64's ``exact``.
+    """``actual`` has torch's shape, dtype and infinities, and strays at most twice as far from float64's ``exact``.
 
     On top comes what any order of summation may differ by: ``allowed_roundings`` times eps at the result's RMS.
     """

@@ -91,6 +91,6 @@ def test_error_cases(name):
     found = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=False)
     for case in found:
         given = case.module_error_input
+        module = getattr(fastconv, name)(*given.constructor_input.args, **given.constructor_input.kwargs)
         with pytest.raises(case.error_type, match=case.error_regex):
-            module = getattr(fastconv, name)(*given.constructor_input.args, **given.constructor_input.kwargs)
             module(*given.forward_input.args, **given.forward_input.kwargs)

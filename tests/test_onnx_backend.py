@@ -1,6 +1,6 @@
 """onnx's backend tests for Conv, MaxPool, AveragePool, GlobalAveragePool and LRN, through fastconv.functional.
 
-The data are onnx's own: node tests computed by its numpy reference, and models that were converted from torch years ago.
+The data are onnx's own: node tests computed by its numpy reference, and models converted from torch years ago.
 """
 
 from __future__ import annotations

@@ -1,0 +1,150 @@
+"""conv2d: numbers worked out by hand, every small case exactly, long sums, determinism."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import reference
+import torch
+from reference import Conv
+
+from fastconv import functional
+from fastconv._library import ops as raw
+from fastconv.ops import conv2d as ops
+from fastconv.stats import reset_stats, stats
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+ALGOS = ["tiled", "naive"]
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("algo", [None, *ALGOS])
+def test_by_hand(dtype, memory_format, algo):
+    # The lecture's kind of example: a 3x3 image, a 2x2 filter, cross-correlation (no flip), a bias of 10.
+    image = torch.tensor([[[[1, 2, 3], [4, 5, 6], [7, 8, 9]]]], dtype=dtype).to(memory_format=memory_format)
+    weight = torch.tensor([[[[1, 2], [3, 4]]]], dtype=dtype)
+    bias = torch.tensor([10], dtype=dtype)
+    output = functional.conv2d(image, weight, bias, algo=algo)
+    assert output.tolist() == [[[[47, 57], [77, 87]]]]
+    # With padding 1 and stride 3 the four windows see the corners only.
+    assert functional.conv2d(image, weight, padding=1, stride=3, algo=algo).tolist() == [[[[4, 9], [14, 9]]]]
+    assert stats() == {f"conv2d/{algo or 'tiled'}": 2}
+
+
+@pytest.mark.sanitize
+def test_gradients_by_hand(dtype, memory_format):
+    image = torch.tensor([[[[1, 2, 3], [4, 5, 6], [7, 8, 9]]]], dtype=dtype).to(memory_format=memory_format)
+    weight = torch.tensor([[[[1, 2], [3, 4]]]], dtype=dtype)
+    grad = torch.tensor([[[[1, 0], [0, 2]]]], dtype=dtype)
+    arguments = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    # Each output element spreads the filter over what it saw; each weight collects what it was multiplied with.
+    assert ops.conv2d_input_grad(grad, weight, (3, 3), *arguments).tolist() == [[[[1, 2, 0], [3, 6, 4], [0, 6, 8]]]]
+    assert ops.conv2d_weight_grad(grad, image, (2, 2), *arguments).tolist() == [[[[11, 14], [20, 23]]]]
+    assert ops.conv2d_bias_grad(grad).tolist() == [3]
+
+
+SMALL = [
+    Conv(groups=groups, c_per_group=c, k_per_group=k, size=(h, h + 1), kernel=(r, s), stride=stride, padding=padding,
+         dilation=dilation, integers=True, dtype=torch.float32, layouts=(last, last, last), algo=algo)
+    for (groups, c, k), h, (r, s), stride, padding, dilation, last, algo in itertools.product(
+        [(1, 1, 1), (1, 3, 5), (3, 2, 2), (4, 1, 1), (3, 1, 2)],
+        [5, 8],
+        [(1, 1), (3, 3), (2, 5)],
+        [(1, 1), (2, 3)],
+        [(0, 0, 0, 0), (1, 2, 0, 3)],
+        [(1, 1), (2, 1)],
+        [False, True],
+        ALGOS,
+    )
+    if h + padding[0] + padding[2] > dilation[0] * (r - 1) and h + 1 + padding[1] + padding[3] > dilation[1] * (s - 1)
+]  # fmt: skip
+
+
+@pytest.mark.sanitize
+def test_every_small_case_is_exact():
+    assert len(SMALL) > 800
+    for problem in SMALL:
+        reference.check(problem)
+
+
+LONG = {
+    # reduced lengths as in the lecture's networks: 512 x 3 x 3, 2048 pixels, 25088 is a fully connected layer as 7 x 7
+    "vgg": Conv(n=1, c_per_group=512, k_per_group=70, size=(14, 14), kernel=(3, 3), padding=(1, 1, 1, 1)),
+    "alexnet-first": Conv(n=2, c_per_group=3, k_per_group=64, size=(67, 67), kernel=(11, 11), stride=(4, 4),
+                          padding=(2, 2, 2, 2)),
+    "resnet-1x1": Conv(n=2, c_per_group=1024, k_per_group=33, size=(7, 7), kernel=(1, 1)),
+    "resnet-1x1-stride": Conv(n=2, c_per_group=256, k_per_group=64, size=(28, 28), kernel=(1, 1), stride=(2, 2)),
+    "fully-connected": Conv(n=4, c_per_group=512, k_per_group=17, size=(7, 7), kernel=(7, 7)),
+    "resnext": Conv(n=1, groups=32, c_per_group=4, k_per_group=4, size=(28, 28), kernel=(3, 3), padding=(1, 1, 1, 1)),
+    "mobilenet": Conv(n=2, groups=96, c_per_group=1, k_per_group=1, size=(56, 56), kernel=(3, 3), stride=(2, 2),
+                      padding=(1, 1, 1, 1)),
+    "many-pixels": Conv(n=2, c_per_group=5, k_per_group=7, size=(160, 160), kernel=(3, 3), padding=(1, 1, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_sums(name, dtype, memory_format):
+    last = memory_format == torch.channels_last
+    problem = reference.replace(LONG[name], dtype=dtype, layouts=(last, last, last))
+    reference.check(problem)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize("name", LONG)
+def test_results_do_not_depend_on_threads_or_runs(name, threads, memory_format):
+    last = memory_format == torch.channels_last
+    problem = reference.replace(LONG[name], layouts=(last, last, last))
+    first = reference.results_by_fastconv(problem)
+    torch.set_num_threads(threads)
+    again = reference.results_by_fastconv(problem)
+    for result, values in first.items():
+        assert torch.equal(values, again[result]), f"{result} changed with the number of threads"
+
+
+@pytest.mark.parametrize("input_last", [False, True])
+@pytest.mark.parametrize("weight_last", [False, True])
+def test_memory_format_of_results_is_torchs(input_last, weight_last, dtype):
+    problem = Conv(
+        n=2, c_per_group=4, k_per_group=6, size=(5, 6), dtype=dtype, layouts=(input_last, weight_last, False)
+    )
+    ours, theirs = reference.results_by_fastconv(problem), reference.results_by_torch(problem, dtype)
+    assert ours["output"].stride() == theirs["output"].stride()
+
+
+def test_algo_is_obeyed_and_unknown_names_are_refused():
+    x, w = torch.randn(1, 3, 5, 5), torch.randn(2, 3, 3, 3)
+    for algo in ALGOS:
+        reset_stats()
+        functional.conv2d(x, w, algo=algo)
+        assert stats() == {f"conv2d/{algo}": 1}
+    with pytest.raises(RuntimeError, match="fastest.*choose one of .*tiled"):
+        functional.conv2d(x, w, algo="fastest")
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("algo", ALGOS)
+def test_non_finite_numbers_spread_as_in_torch(algo, memory_format):
+    """Also past the edge: a padded zero times infinity is not computed."""
+    x = torch.randn(1, 3, 6, 6).to(memory_format=memory_format)
+    x[0, 1, 2, 3], x[0, 0, 0, 0], x[0, 2, 5, 5] = float("nan"), float("inf"), float("-inf")
+    w = torch.randn(5, 3, 3, 3)
+    ours, theirs = functional.conv2d(x, w, padding=1, algo=algo), torch.nn.functional.conv2d(x, w, padding=1)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    w[0, 0, 1, 1] = float("inf")
+    ours, theirs = functional.conv2d(x, w, padding=1, algo=algo), torch.nn.functional.conv2d(x, w, padding=1)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+def test_opcheck(last):
+    """Schema, fake tensors (shapes, strides, dynamic sizes) and the autograd registration of the raw ops."""
+    problem = Conv(groups=2, c_per_group=3, k_per_group=2, stride=(2, 1), padding=(1, 0, 2, 1), dtype=torch.float64,
+                   layouts=(last, last, last))  # fmt: skip
+    x, w, b, g = problem.tensors()
+    for leaf in (x, w, b):
+        leaf.requires_grad_()
+    torch.library.opcheck(raw.conv2d.default, (x, w, b, *problem.params, None))
+    torch.library.opcheck(raw.conv2d_input_grad.default, (g, w, problem.size, *problem.params, None))
+    torch.library.opcheck(raw.conv2d_weight_grad.default, (g, x, problem.kernel, *problem.params, None))
+    torch.library.opcheck(raw.conv2d_bias_grad.default, (g,))
