@@ -60,7 +60,7 @@ def _conv2d_fused(*args: Any) -> Tensor:
     if torch.compiler.is_compiling():
         result: Tensor = ops.conv2d_fused.default(*args)
     elif needs_function(*args[:5]):
-        result = Conv2dFused.apply(*args)
+        result = Conv2dFused.apply(*args)  # type: ignore[no-untyped-call]
     else:
         result = call_raw(ops.conv2d_fused.default, *args)
     return result
