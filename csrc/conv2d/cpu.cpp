@@ -7,11 +7,13 @@
 #include "common/parallel.h"
 #include "conv2d/gemm_plan.h"
 #include "conv2d/select.h"
+#include "depthwise/depthwise.h"
 
 namespace fastconv {
 namespace {
 
 FASTCONV_KERNEL_TABLE(conv2d_kernels)
+FASTCONV_KERNEL_TABLE(depthwise_kernels)
 
 /// Stride, padding, dilation and groups, checked; shapes are still to come.
 ConvProblem problem_of(const char* op, const IntList& stride, const IntList& padding, const IntList& dilation,
@@ -113,6 +115,10 @@ Tensor convolve(const char* op, const Tensor& input, const Tensor& weight, ConvP
   const Kernel kernel = select_conv2d(p, ConvPass::forward, algo);
   if (output.numel() == 0) return output;
   count_call(kernel);
+  if (kernel == Kernel::depthwise) {
+    depthwise_kernels()->forward(p, x.const_data_ptr(), w.const_data_ptr(), output.mutable_data_ptr(), epilogue);
+    return output;
+  }
   std::vector<Tap> taps;
   GemmConv product = forward_product(p, x.const_data_ptr(), w.const_data_ptr(), output.mutable_data_ptr(), taps);
   product.epilogue = epilogue;
@@ -157,6 +163,10 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight, IntLis
   const Kernel kernel = select_conv2d(p, ConvPass::input_grad, algo_name(algo));
   if (grad_input.numel() == 0) return grad_input;
   count_call(kernel);
+  if (kernel == Kernel::depthwise_input_grad) {
+    depthwise_kernels()->input_grad(p, grad.const_data_ptr(), w.const_data_ptr(), grad_input.mutable_data_ptr());
+    return grad_input;
+  }
   std::vector<Tap> taps;
   for (int64_t a = 0; a < min_of(p.stride.h, p.h); ++a)
     for (int64_t b = 0; b < min_of(p.stride.w, p.w); ++b) {
@@ -191,6 +201,10 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, IntLis
     return grad_weight;
   }
   count_call(kernel);
+  if (kernel == Kernel::depthwise_weight_grad) {
+    depthwise_kernels()->weight_grad(p, grad.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr());
+    return grad_weight;
+  }
   std::vector<Tap> taps;
   const GemmWeightGrad product =
       weight_grad_product(p, grad.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr(), taps);

@@ -22,6 +22,10 @@ struct ConvCandidate {
 };
 
 inline constexpr ConvCandidate kConvCandidates[] = {
+    {"depthwise", Kernel::depthwise, Kernel::depthwise_input_grad, Kernel::depthwise_weight_grad,
+     [](const ConvProblem& problem, ConvPass) -> const char* {
+       return problem.is_depthwise() ? nullptr : "it needs groups == in_channels, and more than one";
+     }},
     {"tiled", Kernel::conv2d_tiled, Kernel::conv2d_input_grad_tiled, Kernel::conv2d_weight_grad_tiled,
      [](const ConvProblem&, ConvPass) -> const char* { return nullptr; }},
     {"naive", Kernel::conv2d_naive, Kernel::conv2d_input_grad_naive, Kernel::conv2d_weight_grad_naive,

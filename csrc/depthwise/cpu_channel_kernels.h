@@ -1,0 +1,185 @@
+// Kernels for NHWC: channels in lanes, a run of kTileColumns output columns at a time, so that a loaded input vector
+// serves every window of the run that it belongs to. A 3x3 window over 7 columns costs 27 loads of input and 9 of
+// weights for 63 fused multiply-adds. Input comes through a table of pointers, one per element of the run's window, in
+// which padding points at zeros: borders cost nothing and need no code.
+#pragma once
+
+#include "depthwise/cpu_pass.h"
+
+namespace fastconv {
+namespace {
+
+inline constexpr int kTileColumns = 7;  // 7 sums, 3 weights, 1 input; and 7 divides every width of a 224-pixel network
+
+/// Calls body(channel) for vectors that cover `channels`; the last one reaches back over its neighbour.
+template <int64_t kLane, class Body>
+FASTCONV_INLINE void for_channel_vectors(int64_t channels, const Body& body) {
+  for (int64_t channel = 0;;) {
+    body(channel);
+    if (channel + kLane >= channels) return;
+    channel = min_of(channel + kLane, channels - kLane);
+  }
+}
+
+/// Loads and stores of whole vectors, or of the first `live` lanes where there are fewer channels than lanes.
+template <bool kNarrow, class T>
+FASTCONV_INLINE simd::Vec<acc_t<T>> load_channels(const T* source, int64_t live) {
+  if constexpr (kNarrow) return simd::load_first(source, live);
+  else return simd::load(source);
+}
+template <bool kNarrow, class T>
+FASTCONV_INLINE void store_channels(T* target, simd::Vec<acc_t<T>> value, int64_t live) {
+  if constexpr (kNarrow) simd::store_first<T>(target, value, live);
+  else simd::store<T>(target, value);
+}
+
+/// A run of output columns. Tap (r, s) of column j reads channel c at x[r * x_pitch + j * step + s * spacing][c].
+template <class X, class Y>
+struct ChannelTile {
+  using Acc = acc_t<X>;
+  const X* const* x;
+  int64_t x_pitch, step, spacing;
+  int64_t tap_rows, tap_columns;
+  const Acc* weights;  // tap (r, s), channel c at weights[r * weight_row + s * weight_column + c]
+  int64_t weight_row, weight_column;
+  Y* y;
+  int64_t y_column, columns, channels;
+  const Y* residual;  // laid out as y
+  const Acc* scale;
+  const Acc* shift;
+  Activation activation;
+};
+
+template <class X, class Y, bool kNarrow>
+FASTCONV_INLINE void put_columns(const ChannelTile<X, Y>& tile, int64_t c, int64_t live,
+                                 simd::Vec<acc_t<X>> (&sums)[kTileColumns]) {
+  using Acc = acc_t<X>;
+  if (tile.scale) {
+    const auto scale = load_channels<kNarrow>(tile.scale + c, live);
+    for (auto& sum : sums) sum = sum * scale;
+  }
+  if (tile.shift) {
+    const auto shift = load_channels<kNarrow>(tile.shift + c, live);
+    for (auto& sum : sums) sum = sum + shift;
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kTileColumns; ++j) {
+    if (j >= tile.columns) return;
+    const int64_t offset = j * tile.y_column + c;
+    if (tile.residual) sums[j] = sums[j] + load_channels<kNarrow>(tile.residual + offset, live);
+    if (tile.activation != Activation::none) sums[j] = simd::activate<Acc>(sums[j], tile.activation);
+    store_channels<kNarrow>(tile.y + offset, sums[j], live);
+  }
+}
+
+template <class X, class Y>
+using ChannelKernel = void (*)(const ChannelTile<X, Y>&);
+
+template <class X, class Y, int kTapRows, int kTapColumns, int kStep>
+void window_tile(const ChannelTile<X, Y>& tile) {
+  using Acc = acc_t<X>;
+  using V = simd::Vec<Acc>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  for_channel_vectors<kLane>(tile.channels, [&](int64_t c) {
+    V sums[kTileColumns] = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < kTapRows; ++r) {
+      V weights[kTapColumns];
+#pragma GCC unroll 8
+      for (int s = 0; s < kTapColumns; ++s)
+        weights[s] = simd::load(tile.weights + r * tile.weight_row + s * tile.weight_column + c);
+      constexpr int kWidth = (kTileColumns - 1) * kStep + kTapColumns;
+#pragma GCC unroll 32
+      for (int e = 0; e < kWidth; ++e) {
+        const V value = simd::load(tile.x[r * kWidth + e] + c);
+#pragma GCC unroll 8
+        for (int s = 0; s < kTapColumns; ++s) {
+          const int j = (e - s) / kStep;
+          if (e >= s && (e - s) % kStep == 0 && j < kTileColumns) sums[j] = simd::fma<Acc>(value, weights[s], sums[j]);
+        }
+      }
+    }
+    put_columns<X, Y, false>(tile, c, kLane, sums);
+  });
+}
+
+template <class X, class Y, bool kNarrow>
+void any_window_tile(const ChannelTile<X, Y>& tile) {
+  using Acc = acc_t<X>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  const int64_t live = min_of(kLane, tile.channels);
+  for_channel_vectors<kLane>(tile.channels, [&](int64_t c) {
+    simd::Vec<Acc> sums[kTileColumns] = {};
+    for (int64_t r = 0; r < tile.tap_rows; ++r)
+      for (int64_t s = 0; s < tile.tap_columns; ++s) {
+        const auto weight =
+            load_channels<kNarrow>(tile.weights + r * tile.weight_row + s * tile.weight_column + c, live);
+        const X* const* x = tile.x + r * tile.x_pitch + s * tile.spacing;
+#pragma GCC unroll 8
+        for (int j = 0; j < kTileColumns; ++j)
+          sums[j] = simd::fma<Acc>(load_channels<kNarrow>(x[j * tile.step] + c, live), weight, sums[j]);
+      }
+    put_columns<X, Y, kNarrow>(tile, c, live, sums);
+  });
+}
+
+/// `rows` and `columns` are the tap counts; `spacing` is that of the columns (rows have theirs in the pointer table).
+template <class X, class Y>
+ChannelKernel<X, Y> channel_kernel(int64_t rows, int64_t columns, int64_t spacing, int64_t step, int64_t channels) {
+  if (channels < simd::kLanes<acc_t<X>>) return &any_window_tile<X, Y, true>;
+  const bool square_3 = rows == 3 && columns == 3 && spacing == 1;
+  const bool square_5 = rows == 5 && columns == 5 && spacing == 1;
+  if (square_3 && step == 1) return &window_tile<X, Y, 3, 3, 1>;
+  if (square_3 && step == 2) return &window_tile<X, Y, 3, 3, 2>;
+  if (square_5 && step == 1) return &window_tile<X, Y, 5, 5, 1>;
+  if (square_5 && step == 2) return &window_tile<X, Y, 5, 5, 2>;
+  return &any_window_tile<X, Y, false>;
+}
+
+/// An image with its channels side by side. Rows may be those of a strip: `data` is where row 0 would be.
+template <class X>
+struct ChannelImage {
+  const X* data;
+  Size2 size;
+  int64_t channels;
+};
+
+/// Fills the pointer table of one run: `width` elements of each tap row, from (row, column) of the image on.
+template <class X>
+FASTCONV_INLINE void point_at_window(const ChannelImage<X>& image, const X* zeros, int64_t row, int64_t row_spacing,
+                                     int64_t tap_rows, int64_t column, int64_t width, const X** table) {
+  const int64_t row_stride = image.size.w * image.channels;
+  for (int64_t r = 0; r < tap_rows; ++r, row += row_spacing, table += width) {
+    if (!inside(row, image.size.h)) {
+      for (int64_t e = 0; e < width; ++e) table[e] = zeros;
+      continue;
+    }
+    const X* source = image.data + row * row_stride + column * image.channels;
+    if (column >= 0 && column + width <= image.size.w) {
+      for (int64_t e = 0; e < width; ++e, source += image.channels) table[e] = source;
+      continue;
+    }
+    for (int64_t e = 0; e < width; ++e, source += image.channels)
+      table[e] = inside(column + e, image.size.w) ? source : zeros;
+  }
+}
+
+/// Weights (K, R * S) as (R * S, K), so that channels are side by side.
+template <class T>
+void pack_tap_major(const T* weight, int64_t channels, int64_t taps, acc_t<T>* packed) {
+  parallel_for(0, channels, ceil_div(16384, taps), [&](int64_t begin, int64_t end) {
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t k = begin; k < end; ++k) packed[t * channels + k] = simd::widen(weight[k * taps + t]);
+  });
+}
+
+/// Rows [begin, end) of an image with every channel repeated `times`: the channel multiplier in front of the lanes.
+template <class T>
+void repeat_channels(const ChannelImage<T>& image, int64_t begin, int64_t end, int64_t times, acc_t<T>* target) {
+  const T* source = image.data + begin * image.size.w * image.channels;
+  for (int64_t i = 0; i < (end - begin) * image.size.w * image.channels; ++i)
+    for (int64_t j = 0; j < times; ++j) *target++ = simd::widen(source[i]);
+}
+
+}  // namespace
+}  // namespace fastconv
