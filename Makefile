@@ -76,7 +76,7 @@ clean:  ## remove all that the targets made, .venv included
 
 # Said all at once, before anything is downloaded.
 $(STAMP)/machine:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	    echo "fastconv needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
 	    echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@missing=; \
