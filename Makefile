@@ -12,6 +12,8 @@ TORCH ?= torch==2.13.0
 TORCH_VERSIONS ?= 2.13.0
 # Extra words for pytest: make test PYTEST_ARGS="-x -k pool"
 PYTEST_ARGS ?=
+# make bench BENCH_ARGS= measures every layer, which takes half an hour.
+BENCH_ARGS ?= --quick
 
 VENV := .venv/bin
 STAMP := .make
@@ -38,7 +40,7 @@ test: $(STAMP)/build $(STAMP)/data  ## the whole test suite
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
 bench: $(STAMP)/build  ## the lecture's layers against torch, as ratios
-	$(RUN) -m pytest benchmarks --benchmark-only --quick $(PYTEST_ARGS)
+	$(RUN) -m pytest benchmarks --benchmark-only $(BENCH_ARGS) $(PYTEST_ARGS)
 
 lint: $(STAMP)/venv  ## ruff, mypy --strict, clang-format; changes nothing
 	$(VENV)/ruff check .
