@@ -37,7 +37,7 @@ demo: $(STAMP)/build $(STAMP)/data  ## train LeNet-5 on real digits with fastcon
 	$(RUN) examples/train_lenet.py
 
 test: $(STAMP)/build $(STAMP)/data  ## the whole test suite
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
 
 bench: $(STAMP)/build  ## the lecture's layers against torch, as ratios
 	$(RUN) -m pytest benchmarks --benchmark-only $(BENCH_ARGS) $(PYTEST_ARGS)
@@ -60,11 +60,11 @@ sanitize: $(STAMP)/venv  ## the tests marked `sanitize`, with the C++ under ASan
 	rm -rf $(SANITIZED)/fastconv $(SANITIZED)/tests
 	FASTCONV_SANITIZE=address,undefined $(RUN) setup.py --quiet build_py --build-lib $(SANITIZED) \
 	    build_ext --build-lib $(SANITIZED) | $(SHORT)
-	nm -D $(SANITIZED)/fastconv/_C_cpu*.so | grep -q __asan_report_load
+	nm -D $(SANITIZED)/fastconv/_C_cpu*.so | grep __asan_report_load > /dev/null
 	cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(CURDIR)/$(RUN) -m pytest -m sanitize -p no:cacheprovider $(PYTEST_ARGS)
+	    $(abspath $(RUN)) -m pytest -m sanitize -p no:cacheprovider $(PYTEST_ARGS)
 
 wheel-check: $(STAMP)/venv  ## build the wheel, install it in fresh environments, one for each of TORCH_VERSIONS
 	$(RUN) tests/wheel_check.py $(TORCH_VERSIONS)

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+if not EXAMPLES.is_dir():
+    pytest.skip("the sanitized tree has no examples", allow_module_level=True)
 sys.path.insert(0, str(EXAMPLES))
 
-mnist = pytest.importorskip("mnist")
-train_lenet = pytest.importorskip("train_lenet")
+import mnist  # noqa: E402
+import train_lenet  # noqa: E402
 
 
 def test_digits_are_stratified_normalised_and_apart():
