@@ -42,14 +42,14 @@ _scopes = 0
 def patch() -> ContextDecorator:
     """Within ``with fastconv.patch():`` torch's own functions and layers compute with fastconv's kernels.
 
-    Replaced are conv2d, max_pool2d, avg_pool2d, adaptive_avg_pool2d and local_response_norm of ``torch.nn.functional``, with
-    them the layers of ``torch.nn`` that call them, and ``torch.conv2d``. Names that were imported before
-    (``from torch.nn.functional import conv2d``) and methods of compiled models are not reached.
+    Replaced are conv2d, max_pool2d, avg_pool2d, adaptive_avg_pool2d and local_response_norm of ``torch.nn.functional``,
+    with them the layers of ``torch.nn`` that call them, and ``torch.conv2d``. Names that were imported before
+    (``from torch.nn.functional import conv2d``) are not reached.
 
-    Scopes nest, may be left by an exception, and the returned object may be entered again, also while it is entered; it is
-    a decorator too. A scope belongs to its thread: other threads, a DataLoader's or DataParallel's among them, go on with
-    torch's functions. When the last scope of the process ends, torch's modules hold the very objects that they held
-    before.
+    Scopes nest, may be left by an exception, and the returned object may be entered again, also while it is entered; it
+    is a decorator too. A scope belongs to its thread: other threads, a DataLoader's or DataParallel's among them, go on
+    with torch's functions. When the last scope of the process ends, torch's modules hold the very objects that they
+    held before.
     """
     return _Patch()
 
