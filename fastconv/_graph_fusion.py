@@ -301,7 +301,8 @@ class _Matcher:
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
-    node = first.next
+    node = first
     while node is not last:
-        yield node
+        if node is not first:
+            yield node
         node = node.next

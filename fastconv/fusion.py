@@ -177,6 +177,9 @@ class _Fuser:
                     module.get_submodule(parent)._modules[name] = fused
         fuse_graph(module, graph, prefix, self.report)
         result = fx.GraphModule(module, graph, type(module).__name__)
+        for name, part in result.named_modules():
+            original = module.get_submodule(name)  # fx makes every buffer persistent
+            part._non_persistent_buffers_set = original._non_persistent_buffers_set & set(part._buffers)
         # What else the module carries: hooks and plain attributes.
         kept = {
             name: value
