@@ -44,15 +44,21 @@ FASTCONV_INLINE void average_channels(const T* x, int64_t stride, int64_t plane,
   using Acc = acc_t<T>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
   simd::Vec<Acc> totals[kVectors] = {};
+  // Three levels: pixels into sums, sums into subtotals, subtotals into totals.
   for (int64_t pixel = 0; pixel < plane;) {
-    simd::Vec<Acc> sums[kVectors] = {};
-    for (const int64_t stop = min_of(plane, pixel + kBlock); pixel < stop; ++pixel)
+    simd::Vec<Acc> subtotals[kVectors] = {};
+    for (const int64_t last = min_of(plane, pixel + kBlock * kBlock); pixel < last;) {
+      simd::Vec<Acc> sums[kVectors] = {};
+      for (const int64_t stop = min_of(last, pixel + kBlock); pixel < stop; ++pixel)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        sums[v] +=
-            live >= kLane ? simd::load(x + pixel * stride + v * kLane) : simd::load_first(x + pixel * stride, live);
+        for (int v = 0; v < kVectors; ++v)
+          sums[v] +=
+              live >= kLane ? simd::load(x + pixel * stride + v * kLane) : simd::load_first(x + pixel * stride, live);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) totals[v] += sums[v];
+      for (int v = 0; v < kVectors; ++v) subtotals[v] += sums[v];
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) totals[v] += subtotals[v];
   }
   const auto divisor = simd::broadcast<Acc>(static_cast<Acc>(plane));
 #pragma GCC unroll 4
