@@ -152,9 +152,12 @@ def fold_batch_norm(norm: Any, bias: Tensor | None = None) -> tuple[Tensor, Tens
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.to(dtype)
-    shift = norm.running_mean if bias is None else norm.running_mean - bias.to(dtype)
-    shift = -shift.to(dtype) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
+    mean = norm.running_mean.to(dtype)
+    if bias is not None:
+        mean = mean - bias.to(dtype)
+    if norm.bias is None:
+        return scale, -mean * scale
+    return scale, torch.addcmul(norm.bias.to(dtype), mean, scale, value=-1)
 
 
 def four_sides(conv: nn.Conv2d) -> tuple[int, int, int, int]:
