@@ -25,19 +25,22 @@ FASTCONV_INLINE void for_dtype(DType dtype, const Body& body) {
   __builtin_unreachable();
 }
 
-inline void run_pass(const DepthwisePass& pass) {
-  for_dtype(pass.problem.dtype, [&](auto type) {
-    if (pass.problem.layout == Layout::nchw) convolve_row_lanes<decltype(type)>(pass);
+inline void run_pass(const ConvProblem& problem, bool gradient, const void* x, const void* weight, void* y,
+                     const Epilogue& epilogue) {
+  Scratch taps(taps_bytes(problem));
+  const DepthwisePass pass = describe_pass(problem, gradient, x, weight, y, epilogue, taps.as<AxisTaps>());
+  for_dtype(problem.dtype, [&](auto type) {
+    if (problem.layout == Layout::nchw) convolve_row_lanes<decltype(type)>(pass);
     else convolve_channel_lanes<decltype(type)>(pass);
   });
 }
 
 inline constexpr DepthwiseKernels kDepthwiseKernels = {
     [](const ConvProblem& problem, const void* input, const void* weight, void* output, const Epilogue& epilogue) {
-      run_pass({problem, false, input, weight, output, epilogue});
+      run_pass(problem, false, input, weight, output, epilogue);
     },
     [](const ConvProblem& problem, const void* grad_output, const void* weight, void* grad_input) {
-      run_pass({problem, true, grad_output, weight, grad_input, {}});
+      run_pass(problem, true, grad_output, weight, grad_input, {});
     },
     [](const ConvProblem& problem, const void* grad_output, const void* input, void* grad_weight) {
       for_dtype(problem.dtype, [&](auto type) {

@@ -45,59 +45,64 @@ FASTCONV_INLINE AxisTaps gradient_axis(int64_t kernel, int64_t dilation, int64_t
 
 /// Where a window may read relative to its position, over all phases of an axis.
 struct AxisReach {
-  int64_t first, last;
+  int64_t first = INT64_MAX, last = INT64_MIN;
+
+  FASTCONV_INLINE void include(const AxisTaps& axis) {
+    if (axis.count == 0) return;
+    first = min_of(first, axis.offset);
+    last = max_of(last, axis.last_offset());
+  }
 };
 
+/// Everything that does not change within a pass, worked out once: the inner loops of small maps cannot pay for
+/// divisions.
 struct DepthwisePass {
-  const ConvProblem& problem;
-  bool gradient;
+  int64_t n, channels, filters;
+  Size2 kernel;
+  // Per input channel of the convolution: planes of x read, planes of y written. One of the two is 1.
+  int64_t x_planes, y_planes;
+  Size2 x_size, y_size;
+  Size2 step, phases;  // elements of x, and of y, per grid position
+  Size2 grid;          // positions of the largest phase
+  const AxisTaps* row_taps;
+  const AxisTaps* column_taps;
+  AxisReach row_reach, column_reach;
   const void* x;
   const void* weight;
   void* y;
   Epilogue epilogue;
-
-  // Per input channel of the convolution: planes of x read, planes of y written. One of the two is 1.
-  FASTCONV_INLINE int64_t x_planes() const { return gradient ? problem.k_per_group() : 1; }
-  FASTCONV_INLINE int64_t y_planes() const { return gradient ? 1 : problem.k_per_group(); }
-  FASTCONV_INLINE Size2 x_size() const {
-    return gradient ? Size2{problem.p(), problem.q()} : Size2{problem.h, problem.w};
-  }
-  FASTCONV_INLINE Size2 y_size() const {
-    return gradient ? Size2{problem.h, problem.w} : Size2{problem.p(), problem.q()};
-  }
-  /// Elements of x per grid position, and of y.
-  FASTCONV_INLINE Size2 step() const { return gradient ? Size2{1, 1} : problem.stride; }
-  FASTCONV_INLINE Size2 phases() const { return gradient ? problem.stride : Size2{1, 1}; }
-  FASTCONV_INLINE AxisTaps row_taps(int64_t phase) const {
-    const ConvProblem& p = problem;
-    return gradient ? gradient_axis(p.r, p.dilation.h, p.padding.top, p.stride.h, phase)
-                    : forward_axis(p.r, p.dilation.h, p.padding.top);
-  }
-  FASTCONV_INLINE AxisTaps column_taps(int64_t phase) const {
-    const ConvProblem& p = problem;
-    return gradient ? gradient_axis(p.s, p.dilation.w, p.padding.left, p.stride.w, phase)
-                    : forward_axis(p.s, p.dilation.w, p.padding.left);
-  }
-  FASTCONV_INLINE AxisReach row_reach() const {
-    return reach(phases().h, [&](int64_t phase) { return row_taps(phase); });
-  }
-  FASTCONV_INLINE AxisReach column_reach() const {
-    return reach(phases().w, [&](int64_t phase) { return column_taps(phase); });
-  }
-
- private:
-  template <class Taps>
-  FASTCONV_INLINE static AxisReach reach(int64_t phases, const Taps& taps) {
-    AxisReach result{INT64_MAX, INT64_MIN};
-    for (int64_t phase = 0; phase < phases; ++phase) {
-      const AxisTaps axis = taps(phase);
-      if (axis.count == 0) continue;
-      result.first = min_of(result.first, axis.offset);
-      result.last = max_of(result.last, axis.last_offset());
-    }
-    return result;
-  }
+  bool gradient;
 };
+
+/// Room for the AxisTaps of all phases.
+FASTCONV_INLINE int64_t taps_bytes(const ConvProblem& p) {
+  return (p.stride.h + p.stride.w) * static_cast<int64_t>(sizeof(AxisTaps));
+}
+
+inline DepthwisePass describe_pass(const ConvProblem& p, bool gradient, const void* x, const void* weight, void* y,
+                                   const Epilogue& epilogue, AxisTaps* taps) {
+  const Size2 input{p.h, p.w}, output{p.p(), p.q()};
+  DepthwisePass pass{};
+  pass.n = p.n, pass.channels = p.c, pass.filters = p.k, pass.kernel = {p.r, p.s};
+  pass.x_planes = gradient ? p.k_per_group() : 1, pass.y_planes = gradient ? 1 : p.k_per_group();
+  pass.x_size = gradient ? output : input, pass.y_size = gradient ? input : output;
+  pass.step = gradient ? Size2{1, 1} : p.stride, pass.phases = gradient ? p.stride : Size2{1, 1};
+  pass.grid = {ceil_div(pass.y_size.h, pass.phases.h), ceil_div(pass.y_size.w, pass.phases.w)};
+  for (int64_t a = 0; a < pass.phases.h; ++a) {
+    taps[a] = gradient ? gradient_axis(p.r, p.dilation.h, p.padding.top, p.stride.h, a)
+                       : forward_axis(p.r, p.dilation.h, p.padding.top);
+    pass.row_reach.include(taps[a]);
+  }
+  AxisTaps* columns = taps + pass.phases.h;
+  for (int64_t b = 0; b < pass.phases.w; ++b) {
+    columns[b] = gradient ? gradient_axis(p.s, p.dilation.w, p.padding.left, p.stride.w, b)
+                          : forward_axis(p.s, p.dilation.w, p.padding.left);
+    pass.column_reach.include(columns[b]);
+  }
+  pass.row_taps = taps, pass.column_taps = columns;
+  pass.x = x, pass.weight = weight, pass.y = y, pass.epilogue = epilogue, pass.gradient = gradient;
+  return pass;
+}
 
 }  // namespace
 }  // namespace fastconv

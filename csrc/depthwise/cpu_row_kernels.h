@@ -95,7 +95,8 @@ FASTCONV_INLINE void window_block(const StagedWindow<acc_t<T>>& window,
 }
 
 template <class T, int kTapRows, int kTapColumns, int kStep, bool kPlain>
-void window_rows(const StagedWindow<acc_t<T>>& window, const RowOutput<T>& out, int64_t rows, int64_t columns) {
+void window_rows(const StagedWindow<acc_t<T>>& window, const RowOutput<T>& output, int64_t rows, int64_t columns) {
+  const RowOutput<T> out = output;  // or gcc reloads it after every store through out.y
   using Acc = acc_t<T>;
   simd::Vec<Acc> weights[kTapRows][kTapColumns];
 #pragma GCC unroll 8
@@ -134,7 +135,8 @@ FASTCONV_INLINE void any_window_block(const StagedWindow<acc_t<T>>& window, cons
 }
 
 template <class T, bool kPlain>
-void any_window_rows(const StagedWindow<acc_t<T>>& window, const RowOutput<T>& out, int64_t rows, int64_t columns) {
+void any_window_rows(const StagedWindow<acc_t<T>>& window, const RowOutput<T>& output, int64_t rows, int64_t columns) {
+  const RowOutput<T> out = output;  // or gcc reloads it after every store through out.y
   constexpr int64_t kLane = simd::kLanes<acc_t<T>>;
   const int64_t live = min_of(columns, kLane);
   for (int64_t row = 0; row < rows; ++row) {

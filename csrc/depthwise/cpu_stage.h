@@ -75,24 +75,23 @@ FASTCONV_INLINE void zero_elements(Acc* target, int64_t count) {
   for (int64_t i = 0; i < count; i += simd::kLanes<Acc>) simd::store<Acc>(target + i, simd::zero<Acc>());
 }
 
+// The padding left and right of a row is the same for every row and plane, so it is zeroed once, when the buffer is
+// new; the functions below write nothing else than the row's own columns, and zeros for the rest of a vector.
+
 template <class T>
 FASTCONV_INLINE void stage_row_of_one_phase(const StageShape& shape, const T* row, int64_t width, acc_t<T>* target) {
   using Acc = acc_t<T>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
-  int64_t lead = shape.lead;
-  if (lead < 0) row -= lead, width += lead, lead = 0;
-  width = min_of(width, shape.length - lead);
-  if (width <= 0) return zero_elements(target, shape.length);
-  zero_elements(target, lead);
-  Acc* copy = target + lead;
+  const int64_t skipped = max_of(0, -shape.lead);
+  target += shape.lead + skipped;
+  row += skipped;
+  width = min_of(width - skipped, shape.length - shape.lead - skipped);
   if (width < kLane) {
-    simd::store<Acc>(copy, simd::load_first(row, width));
-    zero_elements(copy + kLane, shape.length - lead - kLane);
+    if (width > 0) simd::store<Acc>(target, simd::load_first(row, width));
     return;
   }
-  for (int64_t i = 0; i + kLane < width; i += kLane) simd::store<Acc>(copy + i, simd::load(row + i));
-  simd::store<Acc>(copy + width - kLane, simd::load(row + width - kLane));
-  zero_elements(copy + width, shape.length - lead - width);
+  for (int64_t i = 0; i + kLane < width; i += kLane) simd::store<Acc>(target + i, simd::load(row + i));
+  simd::store<Acc>(target + width - kLane, simd::load(row + width - kLane));
 }
 
 template <class T>
@@ -100,28 +99,18 @@ FASTCONV_INLINE void stage_row_of_two_phases(const StageShape& shape, const T* r
   using Acc = acc_t<T>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
   // Column 2t of the plane is padded column 2t + lead, so the parity of `lead` says which phase the even ones join.
-  const int64_t odd = shape.lead & 1;
+  const int64_t odd = shape.lead & 1, count = min_of(shape.length - shape.lead / 2, (width + 1) / 2);
   Acc* even_target = target + odd * shape.phase_pitch + shape.lead / 2;
   Acc* odd_target = target + (1 - odd) * shape.phase_pitch + (shape.lead + 1) / 2;
-  zero_elements(target, (shape.lead + 1) / 2);
-  zero_elements(target + shape.phase_pitch, shape.lead / 2);
-  const int64_t even_count = shape.length - shape.lead / 2, odd_count = shape.length - (shape.lead + 1) / 2;
-  int64_t t = 0;
-  for (; 2 * t + 2 * kLane <= width && t < even_count; t += kLane) {
-    const auto a = simd::load(row + 2 * t), b = simd::load(row + 2 * t + kLane);
+  for (int64_t t = 0; t < count; t += kLane) {
+    const int64_t left = width - 2 * t;
+    const bool whole = left >= 2 * kLane;
+    const auto a = whole ? simd::load(row + 2 * t) : simd::load_first(row + 2 * t, min_of(left, kLane));
+    const auto b = whole ? simd::load(row + 2 * t + kLane)
+                         : simd::load_first(row + 2 * t + min_of(left, kLane), max_of(left - kLane, 0));
     simd::store<Acc>(even_target + t, even_elements<Acc>(a, b));
     simd::store<Acc>(odd_target + t, odd_elements<Acc>(a, b));
   }
-  if (t < even_count) {
-    const int64_t left = max_of(width - 2 * t, 0);
-    const auto a = simd::load_first(row + 2 * t, min_of(left, kLane));
-    const auto b = left > kLane ? simd::load_first(row + 2 * t + kLane, left - kLane) : simd::zero<Acc>();
-    simd::store<Acc>(even_target + t, even_elements<Acc>(a, b));
-    simd::store<Acc>(odd_target + t, odd_elements<Acc>(a, b));
-    t += kLane;
-  }
-  zero_elements(even_target + t, even_count - t);
-  zero_elements(odd_target + t, odd_count - t);
 }
 
 template <class T>
@@ -133,19 +122,27 @@ void stage_row_of_many_phases(const StageShape& shape, const T* row, int64_t wid
     }
 }
 
-/// Rows [first, first + count) of a plane, zeros where it has none. `target` holds `count` rows and one vector more.
+/// Rows [first, first + count) of a plane, zeros where it has none. `target` was zeros, or held another plane of this
+/// size. With `same_rows`, that plane's rows lay where these lie, and rows outside the plane are still zeros.
 template <class T>
-void stage_rows(const StageShape& shape, const T* plane, Size2 size, int64_t first, int64_t count, acc_t<T>* target) {
-  for (int64_t row = first; row < first + count; ++row, target += shape.pitch) {
-    if (!inside(row, size.h)) {
-      for (int64_t phase = 0; phase < shape.phases; ++phase)
-        zero_elements(target + phase * shape.phase_pitch, shape.length);
-      continue;
-    }
-    const T* source = plane + row * size.w;
-    if (shape.phases == 1) stage_row_of_one_phase<T>(shape, source, size.w, target);
-    else if (shape.phases == 2) stage_row_of_two_phases<T>(shape, source, size.w, target);
-    else stage_row_of_many_phases<T>(shape, source, size.w, target);
+FASTCONV_INLINE void stage_rows(const StageShape& shape, const T* plane, Size2 size, int64_t first, int64_t count,
+                                bool same_rows, acc_t<T>* target) {
+  const int64_t begin = min_of(max_of(first, 0), first + count), end = max_of(begin, min_of(size.h, first + count));
+  if (!same_rows) {
+    zero_elements(target, (begin - first) * shape.pitch);
+    zero_elements(target + (end - first) * shape.pitch, (first + count - end) * shape.pitch);
+  }
+  target += (begin - first) * shape.pitch;
+  const T* row = plane + begin * size.w;
+  if (shape.phases == 1) {
+    for (int64_t i = begin; i < end; ++i, row += size.w, target += shape.pitch)
+      stage_row_of_one_phase<T>(shape, row, size.w, target);
+  } else if (shape.phases == 2) {
+    for (int64_t i = begin; i < end; ++i, row += size.w, target += shape.pitch)
+      stage_row_of_two_phases<T>(shape, row, size.w, target);
+  } else {
+    for (int64_t i = begin; i < end; ++i, row += size.w, target += shape.pitch)
+      stage_row_of_many_phases<T>(shape, row, size.w, target);
   }
 }
 

@@ -107,20 +107,20 @@ template <class T>
 void weight_grad_row_lanes(const ConvProblem& p, const T* grad_y, const T* x, T* grad_weight) {
   using Acc = acc_t<T>;
   constexpr int64_t kLane = simd::kLanes<Acc>, kBytes = sizeof(Acc), kChannelTasks = 32;
-  const DepthwisePass pass{p, false, x, nullptr, nullptr, {}};
-  const RowLanesPlan plan(pass, kLane, kBytes, round_up(p.q(), kLane));
+  Scratch axes(taps_bytes(p)), offsets(p.s * static_cast<int64_t>(sizeof(int64_t)));
+  const DepthwisePass pass = describe_pass(p, false, x, nullptr, nullptr, {}, axes.as<AxisTaps>());
+  const RowLanesPlan<T> plan(pass, round_up(p.q(), kLane), offsets.as<int64_t>());
   const int64_t multiplier = p.k_per_group(), taps = p.r * p.s, pieces = p.n * plan.strips;
   const int64_t shares = min_of(pieces, ceil_div(kChannelTasks, p.c)), plane = p.p() * p.q();
   const int64_t share_work = ceil_div(pieces, shares) * plan.strip_rows * p.q() * multiplier;
   Scratch partial(shares * p.k * taps * kBytes);
   const AddWindow<T> add = add_window_kernel<T>(p);
   parallel_for(0, shares * p.c, ceil_div(8192, share_work), [&](int64_t begin, int64_t end) {
-    Scratch staged((plan.plane_pitch + kLane) * kBytes), sums(multiplier * taps * kLane * kBytes);
-    Scratch offsets(p.s * static_cast<int64_t>(sizeof(int64_t)));
-    for (int64_t s = 0; s < p.s; ++s) offsets.as<int64_t>()[s] = plan.shape.column(s * p.dilation.w - p.padding.left);
+    Scratch staged(plan.plane_pitch * kBytes), sums(multiplier * taps * kLane * kBytes);
+    zero_elements(staged.as<Acc>(), plan.plane_pitch);
     const StagedWindow<Acc> window{
-        staged.as<Acc>(),      plan.shape.pitch, plan.plane_pitch, 1, p.stride.h, p.dilation.h, p.r, p.s,
-        offsets.as<int64_t>(), nullptr};
+        staged.as<Acc>(),    plan.shape.pitch, plan.plane_pitch, 1, p.stride.h, p.dilation.h, p.r, p.s,
+        plan.column_offsets, nullptr};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t share = task / p.c, c = task % p.c;
       zero_elements(sums.as<Acc>(), multiplier * taps * kLane);
@@ -128,7 +128,8 @@ void weight_grad_row_lanes(const ConvProblem& p, const T* grad_y, const T* x, T*
         const int64_t n = piece / plan.strips, first = piece % plan.strips * plan.strip_rows;
         const int64_t rows = min_of(plan.strip_rows, p.p() - first);
         stage_rows<T>(plan.shape, x + (n * p.c + c) * p.h * p.w, {p.h, p.w}, first * p.stride.h - p.padding.top,
-                      (rows - 1) * p.stride.h + plan.row_reach.last - plan.row_reach.first + 1, staged.as<Acc>());
+                      (rows - 1) * p.stride.h + pass.row_reach.last - pass.row_reach.first + 1, plan.strips == 1,
+                      staged.as<Acc>());
         for (int64_t j = 0; j < multiplier; ++j)
           add(window, grad_y + (n * p.k + c * multiplier + j) * plane + first * p.q(), rows, p.q(),
               sums.as<Acc>() + j * taps * kLane);
