@@ -11,13 +11,13 @@ namespace {
 
 inline constexpr int kTileColumns = 7;  // 7 sums, 3 weights, 1 input; and 7 divides every width of a 224-pixel network
 
-/// Calls body(channel) for vectors that cover `channels`; the last one reaches back over its neighbour.
+/// Calls body(channel) for vectors that cover [begin, end); the last one reaches back over its neighbour.
 template <int64_t kLane, class Body>
-FASTCONV_INLINE void for_channel_vectors(int64_t channels, const Body& body) {
-  for (int64_t channel = 0;;) {
+FASTCONV_INLINE void for_channel_vectors(int64_t begin, int64_t end, const Body& body) {
+  for (int64_t channel = begin;;) {
     body(channel);
-    if (channel + kLane >= channels) return;
-    channel = min_of(channel + kLane, channels - kLane);
+    if (channel + kLane >= end) return;
+    channel = min_of(channel + kLane, end - kLane);
   }
 }
 
@@ -43,7 +43,8 @@ struct ChannelTile {
   const Acc* weights;  // tap (r, s), channel c at weights[r * weight_row + s * weight_column + c]
   int64_t weight_row, weight_column;
   Y* y;
-  int64_t y_column, columns, channels;
+  int64_t y_column, columns;
+  int64_t c_begin, c_end;
   const Y* residual;  // laid out as y
   const Acc* scale;
   const Acc* shift;
@@ -56,19 +57,24 @@ FASTCONV_INLINE void put_columns(const ChannelTile<X, Y>& tile, int64_t c, int64
   using Acc = acc_t<X>;
   if (tile.scale) {
     const auto scale = load_channels<kNarrow>(tile.scale + c, live);
-    for (auto& sum : sums) sum = sum * scale;
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileColumns; ++j) sums[j] = sums[j] * scale;
   }
   if (tile.shift) {
     const auto shift = load_channels<kNarrow>(tile.shift + c, live);
-    for (auto& sum : sums) sum = sum + shift;
-  }
 #pragma GCC unroll 8
-  for (int j = 0; j < kTileColumns; ++j) {
-    if (j >= tile.columns) return;
+    for (int j = 0; j < kTileColumns; ++j) sums[j] = sums[j] + shift;
+  }
+  const bool plain = tile.residual == nullptr && tile.activation == Activation::none;
+  if (plain && tile.columns == kTileColumns) [[likely]] {
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileColumns; ++j) store_channels<kNarrow>(tile.y + j * tile.y_column + c, sums[j], live);
+    return;
+  }
+  for (int j = 0; j < tile.columns; ++j) {
     const int64_t offset = j * tile.y_column + c;
     if (tile.residual) sums[j] = sums[j] + load_channels<kNarrow>(tile.residual + offset, live);
-    if (tile.activation != Activation::none) sums[j] = simd::activate<Acc>(sums[j], tile.activation);
-    store_channels<kNarrow>(tile.y + offset, sums[j], live);
+    store_channels<kNarrow>(tile.y + offset, simd::activate<Acc>(sums[j], tile.activation), live);
   }
 }
 
@@ -76,11 +82,12 @@ template <class X, class Y>
 using ChannelKernel = void (*)(const ChannelTile<X, Y>&);
 
 template <class X, class Y, int kTapRows, int kTapColumns, int kStep>
-void window_tile(const ChannelTile<X, Y>& tile) {
+void window_tile(const ChannelTile<X, Y>& argument) {
+  const ChannelTile<X, Y> tile = argument;  // or gcc reloads it after every store through tile.y
   using Acc = acc_t<X>;
   using V = simd::Vec<Acc>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
-  for_channel_vectors<kLane>(tile.channels, [&](int64_t c) {
+  for_channel_vectors<kLane>(tile.c_begin, tile.c_end, [&](int64_t c) __attribute__((always_inline)) {
     V sums[kTileColumns] = {};
 #pragma GCC unroll 8
     for (int r = 0; r < kTapRows; ++r) {
@@ -91,7 +98,7 @@ void window_tile(const ChannelTile<X, Y>& tile) {
       constexpr int kWidth = (kTileColumns - 1) * kStep + kTapColumns;
 #pragma GCC unroll 32
       for (int e = 0; e < kWidth; ++e) {
-        const V value = simd::load(tile.x[r * kWidth + e] + c);
+        const V value = simd::load(tile.x[r * tile.x_pitch + e] + c);
 #pragma GCC unroll 8
         for (int s = 0; s < kTapColumns; ++s) {
           const int j = (e - s) / kStep;
@@ -104,11 +111,12 @@ void window_tile(const ChannelTile<X, Y>& tile) {
 }
 
 template <class X, class Y, bool kNarrow>
-void any_window_tile(const ChannelTile<X, Y>& tile) {
+void any_window_tile(const ChannelTile<X, Y>& argument) {
+  const ChannelTile<X, Y> tile = argument;  // or gcc reloads it after every store through tile.y
   using Acc = acc_t<X>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
-  const int64_t live = min_of(kLane, tile.channels);
-  for_channel_vectors<kLane>(tile.channels, [&](int64_t c) {
+  const int64_t live = min_of(kLane, tile.c_end - tile.c_begin);
+  for_channel_vectors<kLane>(tile.c_begin, tile.c_end, [&](int64_t c) __attribute__((always_inline)) {
     simd::Vec<Acc> sums[kTileColumns] = {};
     for (int64_t r = 0; r < tile.tap_rows; ++r)
       for (int64_t s = 0; s < tile.tap_columns; ++s) {
@@ -144,23 +152,18 @@ struct ChannelImage {
   int64_t channels;
 };
 
-/// Fills the pointer table of one run: `width` elements of each tap row, from (row, column) of the image on.
+/// Fills a pointer table: `rows` rows of `width` elements, from (row, column) of the image on.
 template <class X>
-FASTCONV_INLINE void point_at_window(const ChannelImage<X>& image, const X* zeros, int64_t row, int64_t row_spacing,
-                                     int64_t tap_rows, int64_t column, int64_t width, const X** table) {
+void point_at_window(const ChannelImage<X>& image, const X* zeros, int64_t row, int64_t rows, int64_t column,
+                     int64_t width, const X** table) {
   const int64_t row_stride = image.size.w * image.channels;
-  for (int64_t r = 0; r < tap_rows; ++r, row += row_spacing, table += width) {
-    if (!inside(row, image.size.h)) {
-      for (int64_t e = 0; e < width; ++e) table[e] = zeros;
-      continue;
-    }
+  const int64_t first = min_of(max_of(-column, 0), width), last = max_of(first, min_of(image.size.w - column, width));
+  for (int64_t end = row + rows; row < end; ++row, table += width) {
+    const bool reads = inside(row, image.size.h);
     const X* source = image.data + row * row_stride + column * image.channels;
-    if (column >= 0 && column + width <= image.size.w) {
-      for (int64_t e = 0; e < width; ++e, source += image.channels) table[e] = source;
-      continue;
-    }
-    for (int64_t e = 0; e < width; ++e, source += image.channels)
-      table[e] = inside(column + e, image.size.w) ? source : zeros;
+    for (int64_t e = 0; e < first; ++e) table[e] = zeros;
+    for (int64_t e = first; e < last; ++e) table[e] = reads ? source + e * image.channels : zeros;
+    for (int64_t e = last; e < width; ++e) table[e] = zeros;
   }
 }
 

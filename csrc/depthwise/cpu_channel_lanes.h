@@ -15,44 +15,51 @@ struct ChannelScratch {
   const X* zeros;
 };
 
-/// Grid rows [begin, end) of one image, all phases. `y` and `residual` point at the image's row 0.
+/// A part of one image: grid rows [begin, end), filters [c_begin, c_end), all phases.
+struct ChannelPart {
+  int64_t begin, end, c_begin, c_end;
+};
+
+/// `y` and `residual` point at the image's row 0. Columns are the outer loop, so that the rows of x that neighbouring
+/// rows of y share are still in L1.
 template <class X, class Y>
-void convolve_grid_rows(const DepthwisePass& pass, const ChannelImage<X>& image, const acc_t<X>* weights, Y* y,
-                        const Y* residual, int64_t begin, int64_t end, const ChannelScratch<X>& scratch) {
+void convolve_part(const DepthwisePass& pass, const ChannelImage<X>& image, const acc_t<X>* weights, Y* y,
+                   const Y* residual, const ChannelPart& part, const ChannelScratch<X>& scratch) {
   using Acc = acc_t<X>;
   const Size2 phases = pass.phases, size = pass.y_size, step = pass.step;
-  const int64_t filters = pass.filters;
+  const int64_t filters = pass.filters, first_row = part.begin * step.h + pass.row_reach.first;
+  const int64_t x_rows = (part.end - 1 - part.begin) * step.h + pass.row_reach.last - pass.row_reach.first + 1;
   ChannelTile<X, Y> tile{};
-  tile.x = scratch.table;
   tile.step = step.w;
   tile.y_column = phases.w * filters;
-  tile.channels = filters;
+  tile.c_begin = part.c_begin, tile.c_end = part.c_end;
   tile.scale = static_cast<const Acc*>(pass.epilogue.scale);
   tile.shift = static_cast<const Acc*>(pass.epilogue.shift);
   tile.activation = pass.epilogue.activation;
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t a = 0; a < phases.h && a + i * phases.h < size.h; ++a)
-      for (int64_t b = 0; b < min_of(phases.w, size.w); ++b) {
-        const AxisTaps &rows = pass.row_taps[a], &columns = pass.column_taps[b];
-        const int64_t count = ceil_div(size.w - b, phases.w);
-        tile.spacing = columns.spacing;
-        tile.tap_rows = columns.count > 0 ? rows.count : 0;
-        tile.tap_columns = columns.count;
+  for (int64_t b = 0; b < min_of(phases.w, size.w); ++b) {
+    const AxisTaps& columns = pass.column_taps[b];
+    const int64_t count = ceil_div(size.w - b, phases.w);
+    const int64_t width = (kTileColumns - 1) * step.w + columns.spacing * max_of(columns.count - 1, 0) + 1;
+    tile.spacing = columns.spacing;
+    tile.tap_columns = columns.count;
+    tile.weight_column = columns.tap_step * filters;
+    for (int64_t j = 0; j < count; j += kTileColumns) {
+      point_at_window(image, scratch.zeros, first_row, x_rows, j * step.w + columns.offset, width, scratch.table);
+      tile.columns = min_of(kTileColumns, count - j);
+      for (int64_t row = part.begin * phases.h; row < min_of(part.end * phases.h, size.h); ++row) {
+        const int64_t i = row / phases.h, offset = (row * size.w + b + j * phases.w) * filters;
+        const AxisTaps& rows = pass.row_taps[row % phases.h];
+        tile.tap_rows = rows.count;
+        tile.x = scratch.table + (rows.count > 0 ? i * step.h + rows.offset - first_row : 0) * width;
+        tile.x_pitch = rows.spacing * width;
         tile.weights = weights + (rows.tap * pass.kernel.w + columns.tap) * filters;
         tile.weight_row = rows.tap_step * pass.kernel.w * filters;
-        tile.weight_column = columns.tap_step * filters;
-        tile.x_pitch = (kTileColumns - 1) * step.w + columns.spacing * (columns.count - 1) + 1;
-        const auto kernel = channel_kernel<X, Y>(rows.count, columns.count, columns.spacing, step.w, filters);
-        for (int64_t j = 0; j < count; j += kTileColumns) {
-          const int64_t offset = ((a + i * phases.h) * size.w + b + j * phases.w) * filters;
-          point_at_window(image, scratch.zeros, i * step.h + rows.offset, rows.spacing, tile.tap_rows,
-                          j * step.w + columns.offset, tile.x_pitch, scratch.table);
-          tile.y = y + offset;
-          tile.residual = residual ? residual + offset : nullptr;
-          tile.columns = min_of(kTileColumns, count - j);
-          kernel(tile);
-        }
+        tile.y = y + offset;
+        tile.residual = residual ? residual + offset : nullptr;
+        channel_kernel<X, Y>(rows.count, columns.count, columns.spacing, step.w, part.c_end - part.c_begin)(tile);
       }
+    }
+  }
 }
 
 /// Sums groups of `times` neighbouring lanes: the input gradient of a channel multiplier.
@@ -66,32 +73,44 @@ void sum_repeated_channels(const acc_t<T>* source, int64_t count, int64_t times,
 }
 
 struct ChannelLanesPlan {
+  int64_t block, blocks;             // of filters
   int64_t rows_per_task, row_tasks;  // of the grid
   int64_t table_elements;
   int64_t repeated_elements;  // of x or y, for a channel multiplier
 
-  explicit ChannelLanesPlan(const DepthwisePass& pass) {
-    const int64_t taps = pass.kernel.h * pass.kernel.w, row_work = pass.phases.h * pass.y_size.w * pass.filters * taps;
-    rows_per_task = min_of(pass.grid.h, max_of(1, 262144 / row_work));
+  ChannelLanesPlan(const DepthwisePass& pass, int64_t lanes) {
+    // 128 channels of a 3x3 window over 7 columns are 14 KiB of x and 5 KiB of weights, less than a 32 KiB L1.
+    constexpr int64_t kBlock = 128, kTaskWork = 131072;
+    // With a multiplier, channels are repeated for whole rows of x at once, so one block takes them all.
+    blocks = pass.filters == pass.channels ? ceil_div(pass.filters, kBlock) : 1;
+    block = round_up(ceil_div(pass.filters, blocks), lanes);
+    blocks = ceil_div(pass.filters, block);
+    const int64_t row_work = pass.x_size.w * pass.x_planes * pass.kernel.h * pass.kernel.w * block;
+    rows_per_task = min_of(pass.grid.h, max_of(1, kTaskWork / max_of(row_work, 1)));
     row_tasks = ceil_div(pass.grid.h, rows_per_task);
     const AxisReach &rows = pass.row_reach, &columns = pass.column_reach;
-    table_elements = pass.kernel.h * ((kTileColumns - 1) * pass.step.w + columns.last - columns.first + 1);
     const int64_t x_rows = (rows_per_task - 1) * pass.step.h + rows.last - rows.first + 1;
     const int64_t y_rows = rows_per_task * pass.phases.h;
+    table_elements = x_rows * ((kTileColumns - 1) * pass.step.w + columns.last - columns.first + 1);
     repeated_elements = pass.filters * (pass.gradient ? y_rows * pass.y_size.w : x_rows * pass.x_size.w);
     if (pass.filters == pass.channels) repeated_elements = 0;
   }
 };
 
-/// One task: rows of one image.
+/// One task. Row tasks are numbered before blocks, and blocks before images.
 template <class T>
 void run_channel_task(const DepthwisePass& pass, const ChannelLanesPlan& plan, const acc_t<T>* weights, int64_t task,
                       const void** table, const void* zeros, acc_t<T>* repeated) {
   using Acc = acc_t<T>;
   const Size2 x_size = pass.x_size, y_size = pass.y_size;
-  const int64_t multiplier = pass.filters / pass.channels, n = task / plan.row_tasks;
-  const int64_t begin = task % plan.row_tasks * plan.rows_per_task;
-  const int64_t end = min_of(pass.grid.h, begin + plan.rows_per_task);
+  const int64_t multiplier = pass.filters / pass.channels, n = task / plan.row_tasks / plan.blocks;
+  ChannelPart part{};
+  part.begin = task % plan.row_tasks * plan.rows_per_task;
+  part.end = min_of(pass.grid.h, part.begin + plan.rows_per_task);
+  part.c_begin = task / plan.row_tasks % plan.blocks * plan.block;
+  part.c_end = min_of(pass.filters, part.c_begin + plan.block);
+  // A last block of less than a vector reaches back over its neighbour, if there is one.
+  part.c_begin = max_of(0, min_of(part.c_begin, pass.filters - simd::kLanes<Acc>));
   const int64_t x_channels = pass.channels * pass.x_planes, y_channels = pass.channels * pass.y_planes;
   const int64_t y_start = n * y_size.h * y_size.w * y_channels, y_row = y_size.w * y_channels;
   const ChannelImage<T> image{static_cast<const T*>(pass.x) + n * x_size.h * x_size.w * x_channels, x_size, x_channels};
@@ -99,18 +118,18 @@ void run_channel_task(const DepthwisePass& pass, const ChannelLanesPlan& plan, c
   const ChannelScratch<T> scratch{reinterpret_cast<const T**>(table), static_cast<const T*>(zeros)};
   const T* residual = pass.epilogue.residual ? static_cast<const T*>(pass.epilogue.residual) + y_start : nullptr;
   if (multiplier == 1) {
-    convolve_grid_rows<T, T>(pass, image, weights, y, residual, begin, end, scratch);
+    convolve_part<T, T>(pass, image, weights, y, residual, part, scratch);
   } else if (!pass.gradient) {
-    const int64_t first = min_of(max_of(0, begin * pass.step.h + pass.row_reach.first), x_size.h);
-    const int64_t last = max_of(first, min_of(x_size.h, (end - 1) * pass.step.h + pass.row_reach.last + 1));
+    const int64_t first = min_of(max_of(0, part.begin * pass.step.h + pass.row_reach.first), x_size.h);
+    const int64_t last = max_of(first, min_of(x_size.h, (part.end - 1) * pass.step.h + pass.row_reach.last + 1));
     repeat_channels(image, first, last, multiplier, repeated);
     const ChannelImage<Acc> wide{repeated - first * x_size.w * pass.filters, x_size, pass.filters};
     const ChannelScratch<Acc> wide_scratch{reinterpret_cast<const Acc**>(table), static_cast<const Acc*>(zeros)};
-    convolve_grid_rows<Acc, T>(pass, wide, weights, y, residual, begin, end, wide_scratch);
+    convolve_part<Acc, T>(pass, wide, weights, y, residual, part, wide_scratch);
   } else {
-    const int64_t first = begin * pass.phases.h, last = min_of(y_size.h, end * pass.phases.h);
+    const int64_t first = part.begin * pass.phases.h, last = min_of(y_size.h, part.end * pass.phases.h);
     Acc* wide = repeated - first * y_size.w * pass.filters;
-    convolve_grid_rows<T, Acc>(pass, image, weights, wide, nullptr, begin, end, scratch);
+    convolve_part<T, Acc>(pass, image, weights, wide, nullptr, part, scratch);
     sum_repeated_channels<T>(repeated, (last - first) * y_row, multiplier, y + first * y_row);
   }
 }
@@ -119,11 +138,11 @@ template <class T>
 void convolve_channel_lanes(const DepthwisePass& pass) {
   using Acc = acc_t<T>;
   constexpr int64_t kBytes = sizeof(Acc), kPointerBytes = sizeof(void*);
-  const ChannelLanesPlan plan(pass);
+  const ChannelLanesPlan plan(pass, simd::kLanes<Acc>);
   const int64_t taps = pass.kernel.h * pass.kernel.w, filters = pass.filters;
   Scratch packed(taps * filters * kBytes);
   pack_tap_major(static_cast<const T*>(pass.weight), filters, taps, packed.as<Acc>());
-  parallel_for(0, pass.n * plan.row_tasks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pass.n * plan.blocks * plan.row_tasks, 1, [&](int64_t begin, int64_t end) {
     Scratch table(plan.table_elements * kPointerBytes), zeros(filters * kBytes);
     Scratch repeated(plan.repeated_elements * kBytes);
     std::memset(zeros.as<void>(), 0, static_cast<size_t>(filters * kBytes));

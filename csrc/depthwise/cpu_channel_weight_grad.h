@@ -37,7 +37,7 @@ void add_window_tile(const GradTile<X, T>& tile) {
       for (int s = 0; s < kTapColumns; ++s) sums[s] = simd::load(kept + s * tile.sums_pitch);
 #pragma GCC unroll 32
       for (int e = 0; e < kWidth; ++e) {
-        const V value = simd::load(tile.x[r * kWidth + e] + c);
+        const V value = simd::load(tile.x[r * tile.x_pitch + e] + c);
 #pragma GCC unroll 8
         for (int s = 0; s < kTapColumns; ++s) {
           const int j = (e - s) / kStep;
@@ -85,20 +85,22 @@ AddTile<X, T> add_tile_kernel(const ConvProblem& p, int64_t channels) {
 }
 
 struct ChannelGradPlan {
-  int64_t block, blocks, sums_pitch;  // channels
-  int64_t rows, shares;               // of grad_y, over all images
-  int64_t width;                      // of the pointer table
+  int64_t block, blocks;  // of filters
+  int64_t rows, shares;   // of grad_y; rows per share, shares per image
+  int64_t width;          // of the pointer table
+  int64_t x_rows;         // per share
 
   ChannelGradPlan(const ConvProblem& p, int64_t lanes) {
     constexpr int64_t kBlock = 64, kTasks = 16;  // 64 channels of 9 sums are 2.3 KiB
-    // With a multiplier, channels are repeated for a whole row of x at once, so one block takes them all.
+    // With a multiplier, channels are repeated for whole rows of x at once, so one block takes them all.
     blocks = p.k_per_group() > 1 ? 1 : ceil_div(p.k, kBlock);
     block = round_up(ceil_div(p.k, blocks), lanes);
     blocks = ceil_div(p.k, block);
-    sums_pitch = round_up(block, lanes);
-    rows = p.n * p.p();
-    shares = max_of(1, min_of(ceil_div(kTasks, blocks), rows / 4));
+    shares = max_of(1, min_of(ceil_div(kTasks, blocks * p.n), p.p() / 4));
+    rows = ceil_div(p.p(), shares);
+    shares = ceil_div(p.p(), rows);
     width = (kTileColumns - 1) * p.stride.w + (p.s - 1) * p.dilation.w + 1;
+    x_rows = (rows - 1) * p.stride.h + (p.r - 1) * p.dilation.h + 1;
   }
 };
 
@@ -111,43 +113,45 @@ struct ChannelGradScratch {
   acc_t<T>* repeated;
 };
 
-/// Adds one row of grad_y for the channels [c, c + channels).
+/// Adds rows [begin, end) of one image. `grad` points at its row 0 and at the first of `channels` channels.
 template <class X, class T>
-void add_grad_row(const ConvProblem& p, const ChannelGradPlan& plan, const ChannelImage<X>& image, const T* grad_row,
-                  int64_t i, int64_t channels, acc_t<T>* sums, const ChannelGradScratch<T>& scratch) {
+void add_grad_rows(const ConvProblem& p, const ChannelGradPlan& plan, const ChannelImage<X>& image, const T* grad,
+                   int64_t begin, int64_t end, int64_t channels, acc_t<T>* sums, const ChannelGradScratch<T>& scratch) {
   const X** x_table = reinterpret_cast<const X**>(scratch.x_table);
-  const GradTile<X, T> tile{x_table, plan.width,         p.stride.w, p.dilation.w,    p.r,
-                            p.s,     scratch.grad_table, sums,       plan.sums_pitch, channels};
   const AddTile<X, T> add = add_tile_kernel<X, T>(p, channels);
+  GradTile<X, T> tile{};
+  tile.x_pitch = p.dilation.h * plan.width, tile.step = p.stride.w, tile.spacing = p.dilation.w;
+  tile.tap_rows = p.r, tile.tap_columns = p.s;
+  tile.grad = scratch.grad_table;
+  tile.sums = sums, tile.sums_pitch = plan.block, tile.channels = channels;
   for (int64_t j = 0; j < p.q(); j += kTileColumns) {
-    point_at_window(image, static_cast<const X*>(scratch.zeros), i * p.stride.h - p.padding.top, p.dilation.h, p.r,
+    point_at_window(image, static_cast<const X*>(scratch.zeros), begin * p.stride.h - p.padding.top, plan.x_rows,
                     j * p.stride.w - p.padding.left, plan.width, x_table);
-    for (int64_t column = 0; column < kTileColumns; ++column)
-      scratch.grad_table[column] =
-          j + column < p.q() ? grad_row + (j + column) * p.k : static_cast<const T*>(scratch.zeros);
-    add(tile);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t column = 0; column < kTileColumns; ++column)
+        scratch.grad_table[column] =
+            j + column < p.q() ? grad + (i * p.q() + j + column) * p.k : static_cast<const T*>(scratch.zeros);
+      tile.x = x_table + (i - begin) * p.stride.h * plan.width;
+      add(tile);
+    }
   }
 }
 
-/// Rows of one share, one block of channels.
+/// One share of one image, one block of channels. Shares are numbered before images, blocks before shares.
 template <class T>
-void add_share(const ConvProblem& p, const ChannelGradPlan& plan, const T* grad_y, const T* x, int64_t share,
-               int64_t block, acc_t<T>* sums, const ChannelGradScratch<T>& scratch) {
-  const int64_t c = block * plan.block, channels = min_of(plan.block, p.k - c), multiplier = p.k_per_group();
-  for (int64_t row = plan.rows * share / plan.shares; row < plan.rows * (share + 1) / plan.shares; ++row) {
-    const int64_t n = row / p.p(), i = row % p.p();
-    const T* grad_row = grad_y + row * p.q() * p.k + c;
-    const ChannelImage<T> image{x + n * p.h * p.w * p.c + c, {p.h, p.w}, p.c};
-    if (multiplier == 1) {
-      add_grad_row<T, T>(p, plan, image, grad_row, i, channels, sums, scratch);
-      continue;
-    }
-    const int64_t first = min_of(max_of(0, i * p.stride.h - p.padding.top), p.h);
-    const int64_t last = max_of(first, min_of(p.h, i * p.stride.h - p.padding.top + (p.r - 1) * p.dilation.h + 1));
-    repeat_channels(image, first, last, multiplier, scratch.repeated);
-    const ChannelImage<acc_t<T>> wide{scratch.repeated - first * p.w * p.k, {p.h, p.w}, p.k};
-    add_grad_row<acc_t<T>, T>(p, plan, wide, grad_row, i, channels, sums, scratch);
-  }
+void add_share(const ConvProblem& p, const ChannelGradPlan& plan, const T* grad_y, const T* x, int64_t task,
+               acc_t<T>* sums, const ChannelGradScratch<T>& scratch) {
+  const int64_t c = task % plan.blocks * plan.block, channels = min_of(plan.block, p.k - c);
+  const int64_t n = task / plan.blocks / plan.shares, multiplier = p.k_per_group();
+  const int64_t begin = task / plan.blocks % plan.shares * plan.rows, end = min_of(p.p(), begin + plan.rows);
+  const T* grad = grad_y + n * p.p() * p.q() * p.k + c;
+  const ChannelImage<T> image{x + n * p.h * p.w * p.c + c, {p.h, p.w}, p.c};
+  if (multiplier == 1) return add_grad_rows<T, T>(p, plan, image, grad, begin, end, channels, sums, scratch);
+  const int64_t first = min_of(max_of(0, begin * p.stride.h - p.padding.top), p.h);
+  const int64_t past = (end - 1) * p.stride.h - p.padding.top + (p.r - 1) * p.dilation.h + 1;
+  repeat_channels(image, first, max_of(first, min_of(p.h, past)), multiplier, scratch.repeated);
+  const ChannelImage<acc_t<T>> wide{scratch.repeated - first * p.w * p.k, {p.h, p.w}, p.k};
+  add_grad_rows<acc_t<T>, T>(p, plan, wide, grad, begin, end, channels, sums, scratch);
 }
 
 template <class T>
@@ -155,26 +159,26 @@ void weight_grad_channel_lanes(const ConvProblem& p, const T* grad_y, const T* x
   using Acc = acc_t<T>;
   constexpr int64_t kBytes = sizeof(Acc), kPointerBytes = sizeof(void*);
   const ChannelGradPlan plan(p, simd::kLanes<Acc>);
-  const int64_t taps = p.r * p.s, task_elements = taps * plan.sums_pitch;
-  const int64_t repeated_rows = p.k_per_group() > 1 ? min_of(p.h, (p.r - 1) * p.dilation.h + 1) : 0;
-  Scratch partial(plan.shares * plan.blocks * task_elements * kBytes);
-  parallel_for(0, plan.shares * plan.blocks, 1, [&](int64_t begin, int64_t end) {
-    Scratch x_table(p.r * plan.width * kPointerBytes), grad_table(kTileColumns * kPointerBytes);
-    Scratch zeros(plan.sums_pitch * kBytes), repeated(repeated_rows * p.w * p.k * kBytes);
-    std::memset(zeros.as<void>(), 0, static_cast<size_t>(plan.sums_pitch * kBytes));
+  const int64_t taps = p.r * p.s, task_elements = taps * plan.block, shares = p.n * plan.shares;
+  const int64_t repeated_rows = p.k_per_group() > 1 ? min_of(p.h, plan.x_rows) : 0;
+  Scratch partial(shares * plan.blocks * task_elements * kBytes);
+  parallel_for(0, shares * plan.blocks, 1, [&](int64_t begin, int64_t end) {
+    Scratch x_table(plan.x_rows * plan.width * kPointerBytes), grad_table(kTileColumns * kPointerBytes);
+    Scratch zeros(plan.block * kBytes), repeated(repeated_rows * p.w * p.k * kBytes);
+    std::memset(zeros.as<void>(), 0, static_cast<size_t>(plan.block * kBytes));
     const ChannelGradScratch<T> scratch{x_table.as<const void*>(), grad_table.as<const T*>(), zeros.as<void>(),
                                         repeated.as<Acc>()};
     for (int64_t task = begin; task < end; ++task) {
       Acc* sums = partial.as<Acc>() + task * task_elements;
       std::memset(sums, 0, static_cast<size_t>(task_elements * kBytes));
-      add_share<T>(p, plan, grad_y, x, task / plan.blocks, task % plan.blocks, sums, scratch);
+      add_share<T>(p, plan, grad_y, x, task, sums, scratch);
     }
   });
   for (int64_t k = 0; k < p.k; ++k)
     for (int64_t t = 0; t < taps; ++t) {
-      const Acc* sums = partial.as<Acc>() + k / plan.block * task_elements + t * plan.sums_pitch + k % plan.block;
+      const Acc* sums = partial.as<Acc>() + k / plan.block * task_elements + t * plan.block + k % plan.block;
       Acc total = sums[0];
-      for (int64_t share = 1; share < plan.shares; ++share) total += sums[share * plan.blocks * task_elements];
+      for (int64_t share = 1; share < shares; ++share) total += sums[share * plan.blocks * task_elements];
       grad_weight[k * taps + t] = simd::narrow<T>(total);
     }
 }

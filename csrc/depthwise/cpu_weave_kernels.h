@@ -90,9 +90,11 @@ void weave_rows(const WovenWindow<acc_t<T>>& window, const RowOutput<T>& output,
 template <class T, int kSmall>
 WeaveKernel<T> weave_kernel_of(const AxisTaps* rows, const AxisTaps* columns) {
   constexpr int kLarge = kSmall + 1;
-  const bool rows_fit = rows[0].count + rows[1].count == kSmall + kLarge;
-  const bool columns_fit = columns[0].count + columns[1].count == kSmall + kLarge;
-  if (!rows_fit || !columns_fit) return nullptr;
+  const AxisTaps* const axes[] = {rows, columns};
+  for (const AxisTaps* axis : axes) {
+    const int64_t small = min_of(axis[0].count, axis[1].count), large = max_of(axis[0].count, axis[1].count);
+    if (small != kSmall || large != kLarge) return nullptr;
+  }
   if (rows[0].count == kSmall && columns[0].count == kSmall) return &weave_rows<T, kSmall, kLarge, kSmall, kLarge>;
   if (rows[0].count == kSmall) return &weave_rows<T, kSmall, kLarge, kLarge, kSmall>;
   if (columns[0].count == kSmall) return &weave_rows<T, kLarge, kSmall, kSmall, kLarge>;
