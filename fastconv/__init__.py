@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from fastconv import functional
+from fastconv.convert import convert, revert
+from fastconv.fused import ConvBNReLU2d, DepthwiseSeparableConv2d, FusedConv2d
+from fastconv.fusion import fuse
 from fastconv.layers import AdaptiveAvgPool2d, AvgPool2d, Conv2d, GlobalAvgPool2d, LocalResponseNorm, MaxPool2d
+from fastconv.patch import patch
 from fastconv.stats import reset_stats, stats
 
 __version__ = "0.1.0"
@@ -16,8 +20,16 @@ __all__ = [
     "AdaptiveAvgPool2d",
     "GlobalAvgPool2d",
     "LocalResponseNorm",
+    "ConvBNReLU2d",
+    "DepthwiseSeparableConv2d",
+    "FusedConv2d",
     # functions
     "functional",
+    # whole models
+    "convert",
+    "revert",
+    "fuse",
+    "patch",
     # what ran
     "stats",
     "reset_stats",

@@ -17,14 +17,13 @@ from fastconv import _arguments
 from fastconv._arguments import pair
 from fastconv._library import torch_calls
 from fastconv.ops import conv2d as _conv2d
-
-try:  # until the pooling ops land
-    from fastconv.ops import norm as _norm
-    from fastconv.ops import pool as _pool
-except ImportError:
-    pass
+from fastconv.ops import norm as _norm
+from fastconv.ops import pool as _pool
 
 __all__ = ["adaptive_avg_pool2d", "avg_pool2d", "conv2d", "local_response_norm", "max_pool2d"]
+
+# What torch raises for bad arguments; subclasses with other constructors pass through as they are.
+TORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
 
 # torch's own functions, taken before fastconv.patch() can replace them.
 _torch_conv2d: Callable[..., Tensor] = torch.nn.functional.conv2d
@@ -305,8 +304,8 @@ def _by_torch(name: str, function: Callable[..., Any], refusal: str | None, *arg
         return function(*arguments)
     try:
         result = function(*arguments)
-    except (RuntimeError, TypeError, ValueError) as error:
-        if type(error) not in (RuntimeError, TypeError, ValueError):
+    except TORCH_ERRORS as error:
+        if type(error) not in TORCH_ERRORS:
             raise
         raise type(error)(f"{error}\nfastconv.{name}: {refusal}") from None
     torch_calls[name] += 1
