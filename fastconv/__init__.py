@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastconv import functional
+from fastconv._report import conversion_report
 from fastconv.convert import convert, revert
 from fastconv.fused import ConvBNReLU2d, DepthwiseSeparableConv2d, FusedConv2d
 from fastconv.fusion import fuse
@@ -28,6 +29,7 @@ __all__ = [
     # whole models
     "convert",
     "revert",
+    "conversion_report",
     "fuse",
     "patch",
     # what ran
