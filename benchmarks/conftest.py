@@ -1,9 +1,9 @@
 """Options, and the fixture that measures ours and torch's in turns.
 
-pytest benchmarks --benchmark-only                                         everything, half an hour on two cores
-pytest benchmarks --benchmark-only --quick                                 a few layers of each family, under two minutes
-pytest benchmarks --benchmark-only --save-table benchmarks/results/cpu.md  also a table of ratios, and the same as JSON
-pytest benchmarks --benchmark-only -k "forward and nchw and b1"            a part
+pytest benchmarks --benchmark-only                                every layer
+    ... --quick                                                   a few layers of each family, under two minutes
+    ... --save-table benchmarks/results/cpu.md                    also a table of ratios, and the same as JSON
+    ... -k "forward and nchw and b1"                              a part
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The lecture's networks as lists of shapes: what the benchmarks measure.
 
-LeNet-5 (LeCun et al. 1998), AlexNet (Krizhevsky et al. 2012) in one piece and in the original's two halves, VGG-11, -16, -19
-(Simonyan, Zisserman 2014), ResNet-18 to -152 (He et al. 2015, with the bottleneck's stride in its 3x3), MobileNet-v2
-(Sandler et al. 2018). Images are 224x224, for LeNet-5 32x32. Every plane is square.
+LeNet-5 (LeCun et al. 1998), AlexNet (Krizhevsky et al. 2012) in one piece and in the original's two halves, VGG-11, -16
+and -19 (Simonyan, Zisserman 2014), ResNet-18 to -152 (He et al. 2015, with the bottleneck's stride in its 3x3),
+MobileNet-v2 (Sandler et al. 2018). Images are 224x224, for LeNet-5 32x32. Every plane is square.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def pools() -> list[Pool]:
 
 
 def representative(layers: Sequence[LayerT], per_family: int) -> list[LayerT]:
-    """Of each family, layers spread evenly over its range of FLOPs, without the two ends' extremes where it has more."""
+    """Of each family, layers spread evenly over its order by FLOPs: the middle one if ``per_family`` is 1."""
     chosen = []
     for family in dict.fromkeys(layer.family for layer in layers):
         members = sorted((layer for layer in layers if layer.family == family), key=lambda layer: layer.flops())

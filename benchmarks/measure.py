@@ -67,7 +67,7 @@ class Turns:
 def take_turns(benchmark: Any, clock: Clock, ours: Call, theirs: Call, budget_seconds: float) -> Turns:
     """Runs theirs, ours, theirs, ours, ... under pytest-benchmark, for about ``budget_seconds``.
 
-    pedantic() calls ``setup`` before each round and leaves it out of its own times: there the other side takes its turn.
+    pedantic() calls ``setup`` before each round, outside its own times: there the other side takes its turn.
     """
     turns = Turns()
     # Caches, thread pools and cuDNN's search are not what is measured. The least of a few, because one call that a busy

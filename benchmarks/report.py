@@ -147,7 +147,8 @@ def _means(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> list[str]
 def totals(rows: Sequence[Row]) -> str:
     by_time = sum(row.our_seconds for row in rows) / sum(row.torch_seconds for row in rows)
     mean = geometric_mean(row.ratio for row in rows)
-    return f"{len(rows)} cases: geometric mean {mean:.2f}, sum of our times over torch's {by_time:.2f} (below 1: faster than torch)"
+    sums = f"geometric mean {mean:.2f}, sum of our times over torch's {by_time:.2f}"
+    return f"{len(rows)} cases: {sums} (below 1: faster than torch)"
 
 
 def plain_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

@@ -126,13 +126,20 @@ py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& strid
   return plan;
 }
 
-py::dict plan_pool(const Shape& input, const Shape& kernel, const Shape& stride, const Shape& padding,
-                   const Shape& dilation, bool ceil_mode, const std::string& dtype) {
+void require_at_least_one(const char* name, const Shape& values) {
+  require_length(name, values, 2);
+  if (values[0] < 1 || values[1] < 1)
+    throw py::value_error(std::string(name) + " has a number below 1, expected at least 1");
+}
+
+/// Max and average pooling, forward and backward: `op` is any of the ops on windows.
+py::dict plan_pool(const std::string& op, const Shape& input, const Shape& kernel, const Shape& stride,
+                   const Shape& padding, const Shape& dilation, bool ceil_mode, bool divisor_override,
+                   const std::string& dtype) {
   require_length("input_shape", input, 4);
-  for (const auto& [name, values] : {std::pair{"kernel", &kernel}, {"stride", &stride}, {"dilation", &dilation}}) {
-    require_length(name, *values, 2);
-    if ((*values)[0] < 1 || (*values)[1] < 1) throw py::value_error(std::string(name) + " is expected at least 1");
-  }
+  require_at_least_one("kernel", kernel);
+  require_at_least_one("stride", stride);
+  require_at_least_one("dilation", dilation);
   require_length("padding", padding, 2);
   PoolProblem p{};
   p.n = input[0], p.c = input[1], p.h = input[2], p.w = input[3];
@@ -140,7 +147,12 @@ py::dict plan_pool(const Shape& input, const Shape& kernel, const Shape& stride,
   p.stride = {stride[0], stride[1]}, p.dilation = {dilation[0], dilation[1]}, p.padding = {padding[0], padding[1]};
   p.ceil_mode = ceil_mode;
   p.dtype = dtype_named(dtype);
+  const bool whole_plane = p.r == p.h && p.s == p.w && p.padding.h == 0 && p.padding.w == 0 && !divisor_override;
+  std::string name = op + "/rows";
+  if (op == "avg_pool2d" && whole_plane) name = full_name(Kernel::global_avg_pool2d);
+  if (op == "avg_pool2d_backward" && whole_plane) name = full_name(Kernel::global_avg_pool2d_backward);
   py::dict plan;
+  plan["kernel"] = name;
   plan["output_shape"] = py::make_tuple(p.n, p.c, p.p(), p.q());
   plan["flops"] = p.flops();
   plan["bytes"] = p.bytes();
@@ -201,7 +213,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("pass_name"), py::arg("algo") = py::none(),
         "The kernel that serves a convolution, why others do not, its tile, FLOPs and bytes. Raises RuntimeError if "
         "`algo` refuses.");
-  m.def("plan_pool", &plan_pool, py::arg("input_shape"), py::kw_only(), py::arg("kernel"), py::arg("stride"),
-        py::arg("padding"), py::arg("dilation"), py::arg("ceil_mode"), py::arg("dtype"),
-        "Output shape, operations and bytes of a pooling window");
+  m.def("plan_pool", &plan_pool, py::arg("op"), py::arg("input_shape"), py::kw_only(), py::arg("kernel"),
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("ceil_mode"), py::arg("divisor_override"),
+        py::arg("dtype"), "The kernel that serves a pooling op, its output shape, operations and bytes");
 }

@@ -1,3 +1,32 @@
+from collections.abc import Sequence
+from typing import Any
+
 def kernel_names() -> list[str]: ...
 def supported_isas() -> list[str]: ...
 def active_isa() -> str: ...
+def build_info() -> dict[str, Any]: ...
+def plan_conv2d(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+    dtype: str,
+    pass_name: str,
+    algo: str | None = None,
+) -> dict[str, Any]: ...
+def plan_pool(
+    op: str,
+    input_shape: Sequence[int],
+    *,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    divisor_override: bool,
+    dtype: str,
+) -> dict[str, Any]: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastconv import functional
 from fastconv._report import conversion_report
 from fastconv.convert import convert, revert
+from fastconv.explain import explain
 from fastconv.fused import ConvBNReLU2d, DepthwiseSeparableConv2d, FusedConv2d
 from fastconv.fusion import fuse
 from fastconv.layers import AdaptiveAvgPool2d, AvgPool2d, Conv2d, GlobalAvgPool2d, LocalResponseNorm, MaxPool2d
@@ -32,7 +33,8 @@ __all__ = [
     "conversion_report",
     "fuse",
     "patch",
-    # what ran
+    # what runs, what ran
+    "explain",
     "stats",
     "reset_stats",
 ]

@@ -1,0 +1,111 @@
+"""Which backend serves a call, and why the others do not.
+
+Today one backend has kernels, ``"cpu"``. What it refuses goes to torch, visibly: :func:`fastconv.stats` counts such
+calls under ``"torch/..."``. The reasons are those of :mod:`fastconv.functional` itself, asked on tensors without data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from fastconv import _arguments, functional
+from fastconv._library import torch_calls
+
+BACKENDS = ("cpu", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backend does not serve a call: what it got, what it wants, the remedy."""
+
+    function: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.function}: {self.reason}"
+
+
+def unavailable(backend: str) -> str | None:
+    """Why nothing at all can run on ``backend``; None if it has kernels.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if backend == "cpu":
+        return None
+    if backend == "cuda":
+        return "fastconv has no CUDA kernels yet; move the tensors with .cpu(), or keep torch.nn's layers on the GPU"
+    if backend == "triton":
+        return "fastconv has no Triton kernels yet; use the CPU kernels, or torch.nn's layers on the GPU"
+    raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def can_run(function: str, *args: Any, **kwargs: Any) -> Refusal | None:
+    """Why no kernel serves ``fastconv.functional.<function>(*args, **kwargs)``; None if one does. Computes nothing.
+
+    Example:
+        >>> can_run("conv2d", torch.zeros(1, 3, 8, 8, dtype=torch.int64), torch.zeros(4, 3, 3, 3, dtype=torch.int64))
+        Refusal(function='conv2d', reason='input is torch.int64, ...')
+
+    Raises:
+        ValueError: there is no function of that name.
+    """
+    if function not in functional.__all__:
+        raise ValueError(f"function is {function!r}, expected one of {', '.join(sorted(functional.__all__))}")
+    names = ("input", "weight", "bias")
+    for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+        # Before fakes are made of them: not every tensor can have one.
+        reason = _arguments.tensor_refusal(function, name, value) if isinstance(value, Tensor) else None
+        if reason is not None:
+            return Refusal(function, reason)
+    refusals: list[Refusal] = []
+
+    def handle(refusal: Refusal, arguments: Any, run: Callable[[], Any]) -> Any:
+        refusals.append(refusal)
+        return run()
+
+    with intercepted(handle), FakeTensorMode() as mode, torch.no_grad():
+        fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+        try:
+            getattr(functional, function)(*fake_args, **fake_kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            # A call that torch would not take either has its refusal by now.
+            if not refusals:
+                raise error
+    return refusals[0] if refusals else None
+
+
+def choose(function: str, *args: Any, **kwargs: Any) -> tuple[str, Refusal | None]:
+    """``("cpu", None)``, or ``("torch", refusal)`` for a call that no kernel serves."""
+    refusal = can_run(function, *args, **kwargs)
+    return ("cpu", None) if refusal is None else ("torch", refusal)
+
+
+@contextmanager
+def intercepted(handle: Callable[[Refusal, tuple[Any, ...], Callable[[], Any]], Any]) -> Iterator[None]:
+    """Inside the block, ``handle(refusal, arguments, run)`` gets the calls that fastconv.functional hands to torch.
+
+    ``run()`` is torch's computation; what ``handle`` returns is the call's result. stats() is left as it was.
+    """
+    by_torch = functional._by_torch
+    counted = torch_calls.copy()
+
+    def caught(name: str, function: Any, refusal: str | None, *arguments: Any) -> Any:
+        reason = refusal or "no kernel serves these arguments"
+        return handle(Refusal(name, reason), arguments, lambda: by_torch(name, function, refusal, *arguments))
+
+    functional._by_torch = caught
+    try:
+        yield
+    finally:
+        functional._by_torch = by_torch
+        torch_calls.clear()
+        torch_calls.update(counted)

@@ -1,0 +1,248 @@
+"""explain() says what then runs, and invents nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastconv
+from fastconv import _C, backends
+from fastconv.explain import explain as explain_function
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+
+LAYERS = [
+    (lambda: fastconv.Conv2d(3, 16, 7, stride=2, padding=3), (2, 3, 20, 20)),
+    (lambda: fastconv.Conv2d(16, 32, 3, padding=1), (1, 16, 9, 9)),
+    (lambda: fastconv.Conv2d(16, 32, 1), (2, 16, 9, 9)),
+    (lambda: fastconv.Conv2d(16, 16, 3, groups=16), (2, 16, 9, 9)),
+    (lambda: fastconv.Conv2d(16, 32, 3, groups=16, stride=2, dilation=2, padding=2), (2, 16, 9, 9)),
+    (lambda: fastconv.Conv2d(16, 32, 3, groups=4, padding="same"), (2, 16, 9, 9)),
+    (lambda: fastconv.Conv2d(8, 8, (1, 5), bias=False, padding_mode="circular", padding=(0, 2)), (2, 8, 9, 9)),
+    (lambda: fastconv.Conv2d(8, 8, 3), (8, 9, 9)),
+    (lambda: fastconv.Conv2d(8, 8, 3), (0, 8, 9, 9)),
+    (lambda: fastconv.MaxPool2d(3, 2, 1), (2, 8, 9, 9)),
+    (lambda: fastconv.MaxPool2d(2, return_indices=True), (2, 8, 9, 9)),
+    (lambda: fastconv.AvgPool2d(2, ceil_mode=True), (2, 8, 9, 9)),
+    (lambda: fastconv.AvgPool2d(9), (2, 8, 9, 9)),
+    (lambda: fastconv.AvgPool2d(9, divisor_override=3), (2, 8, 9, 9)),
+    (lambda: fastconv.AdaptiveAvgPool2d(3), (2, 8, 9, 9)),
+    (lambda: fastconv.GlobalAvgPool2d(), (2, 8, 9, 9)),
+    (lambda: fastconv.LocalResponseNorm(5), (2, 8, 9, 9)),
+]
+
+
+def run_for_real(layer, shape, dtype, memory_format, backward):
+    x = torch.randn(shape).to(dtype)
+    if x.dim() == 4:
+        x = x.to(memory_format=memory_format)
+    x.requires_grad_(backward)
+    fastconv.reset_stats()
+    with torch.set_grad_enabled(backward):
+        y = layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        if backward:
+            y.backward(torch.ones_like(y))
+    return fastconv.stats()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("make", "shape"), LAYERS)
+def test_kernels_are_those_that_run(make, shape, dtype, memory_format, backward):
+    torch.manual_seed(0)
+    layer = make().to(dtype)
+    plan = fastconv.explain(layer, shape, dtype=dtype, memory_format=memory_format, backward=backward, quiet=True)
+    ran = run_for_real(layer, shape, dtype, memory_format, backward)
+    assert plan.kernels == ran
+    assert bool(ran) == (0 not in shape)
+
+
+def test_every_algo_is_the_kernel_that_runs():
+    x, weight = torch.randn(1, 8, 6, 6), torch.randn(8, 1, 3, 3)
+    offered = set()
+    for algo in {name.split("/")[1] for name in _C.kernel_names() if name.startswith("conv2d/")}:
+
+        def call(x, weight, algo=algo):
+            return fastconv.functional.conv2d(x, weight, groups=8, algo=algo)
+
+        plan = fastconv.explain(call, x.shape, weight.shape, quiet=True)
+        fastconv.reset_stats()
+        call(x, weight)
+        assert plan.kernels == fastconv.stats() == {f"conv2d/{algo}": 1}
+        offered.add(algo)
+    assert {"naive", "tiled"} <= offered
+
+
+def test_refusals_are_reasons():
+    plan = _C.plan_conv2d(
+        (1, 8, 6, 6), (8, 8, 3, 3), stride=(1, 1), padding=(1, 1, 1, 1), dilation=(1, 1), groups=1,
+        channels_last=False, dtype="float32", pass_name="forward",
+    )  # fmt: skip
+    algos = {name.split("/")[1] for name in _C.kernel_names() if name.startswith("conv2d/")}
+    assert set(plan["able"]) | set(plan["refused"]) <= algos
+    assert plan["algo"] in plan["able"]
+    assert not set(plan["able"]) & set(plan["refused"])
+    assert all(len(reason) > 10 for reason in plan["refused"].values())
+    x, weight = torch.randn(1, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    for algo, reason in plan["refused"].items():
+        with pytest.raises(RuntimeError, match=re.escape(reason)):
+            fastconv.functional.conv2d(x, weight, padding=1, algo=algo)
+
+
+def test_path_leads_from_layer_to_kernel_in_few_hops():
+    (call,) = fastconv.explain(fastconv.Conv2d(4, 8, 3), (1, 4, 8, 8), quiet=True).calls
+    assert call.path[0] == "fastconv.Conv2d"
+    assert "fastconv.functional.conv2d" in call.path
+    assert call.path[-2:] == ("torch.ops.fastconv.conv2d", call.kernel)
+    assert len(call.path) <= 6
+
+
+def test_costs_are_the_formulas():
+    conv = fastconv.Conv2d(3, 16, (8, 5), padding="same")  # the lecture's layer: 16 filters of 8 x 5 x 5
+    (call,) = fastconv.explain(fastconv.Conv2d(8, 16, 5, padding=2), (1, 8, 32, 32), quiet=True).calls
+    assert call.flops == 2 * 16 * 32 * 32 * 8 * 25 == 6_553_600
+    assert call.bytes == 4 * (8 * 32 * 32 + 16 * 8 * 25 + 16 + 16 * 32 * 32)
+    assert call.intensity == pytest.approx(call.flops / call.bytes)
+    assert fastconv.explain(conv, (1, 3, 9, 9), quiet=True).flops == 2 * 16 * 81 * 3 * 40
+
+
+def test_a_model_gets_a_line_for_each_layer_under_its_name():
+    model = nn.Sequential(
+        fastconv.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(288, 5)
+    )
+    plan = fastconv.explain(model, (2, 3, 10, 10), backward=True, quiet=True)
+    forward = [call.layer for call in plan.calls[:6]]
+    assert forward == ["0", "1", "2", "3", "4", "5"]
+    assert [call.kernel for call in plan.calls[:6]] == ["conv2d/tiled", None, None, None, None, None]
+    gradients = {(call.layer, call.op) for call in plan.calls[6:]}
+    assert ("0", "fastconv::conv2d_input_grad") in gradients
+    assert ("0", "fastconv::conv2d_weight_grad") in gradients
+    assert ("3", "aten::convolution_backward") in gradients
+    assert ("5", "aten::mm") in gradients
+    for name in ("0", "3", "5"):
+        assert re.search(rf"^{name} ", str(plan), re.MULTILINE)
+
+
+def test_a_shared_layer_is_reported_at_each_use():
+    conv = fastconv.Conv2d(4, 4, 3, padding=1)
+    plan = fastconv.explain(nn.Sequential(conv, nn.Tanh(), conv), (1, 4, 8, 8), quiet=True)
+    assert plan.kernels == {"conv2d/tiled": 2}
+
+
+def test_nothing_is_touched():
+    model = nn.Sequential(fastconv.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    fastconv.reset_stats()
+    fastconv.explain(model, (2, 3, 8, 8), backward=True, quiet=True)
+    fastconv.explain(fastconv.functional.conv2d, (1, 1, 4, 4), (1, 1, 3, 3), dtype=torch.int64, quiet=True)
+    assert fastconv.stats() == {}
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model(torch.randn(2, 3, 8, 8))
+    assert fastconv.stats() == {"conv2d/tiled": 1}
+
+
+def test_calls_that_go_to_torch_say_why():
+    plan = fastconv.explain(fastconv.functional.conv2d, (1, 3, 8, 8), (4, 3, 3, 3), dtype=torch.int64, quiet=True)
+    (call,) = plan.calls
+    assert call.kernel is None
+    assert call.input_shape == (1, 3, 8, 8)
+    assert "torch.int64" in call.by_torch
+    assert "by torch" in str(plan)
+
+
+def test_it_prints_what_it_returns(capsys):
+    plan = fastconv.explain(fastconv.Conv2d(4, 8, 3), (1, 4, 8, 8))
+    assert capsys.readouterr().out.strip() == str(plan)
+    assert _C.active_isa() in str(plan)
+    assert "conv2d/tiled" in str(plan)
+    assert "calls" in repr(plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((3, (1, 4, 8, 8)), "call is int"),
+        ((fastconv.Conv2d(4, 4, 3),), "no input shape"),
+    ],
+)
+def test_bad_arguments(arguments, error):
+    with pytest.raises(TypeError, match=error):
+        fastconv.explain(*arguments)
+
+
+def test_bad_memory_format_and_bad_shape():
+    with pytest.raises(TypeError, match="memory_format is 'nhwc'"):
+        fastconv.explain(fastconv.Conv2d(4, 4, 3), (1, 4, 8, 8), memory_format="nhwc")
+    with pytest.raises(RuntimeError, match="check groups and the input's channels"):
+        fastconv.explain(fastconv.Conv2d(4, 4, 3), (1, 3, 8, 8))
+    assert fastconv.explain is explain_function
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"dtype": "int8"}, "dtype is int8"),
+        ({"pass_name": "sideways"}, "pass is sideways"),
+        ({"stride": (1,)}, "stride has 1 numbers, expected 2"),
+        ({"groups": 3}, "weight_shape"),
+    ],
+)
+def test_plan_checks_its_arguments(changes, error):
+    arguments = {
+        "stride": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1), "groups": 1, "channels_last": False,
+        "dtype": "float32", "pass_name": "forward",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=error):
+        _C.plan_conv2d((1, 8, 6, 6), (8, 8, 3, 3), **{**arguments, **changes})
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not here")
+def test_the_described_tile_is_the_kernels_tile():
+    kernels = (CSRC / "conv2d/cpu_tile.h").read_text()
+    described = (CSRC / "conv2d/tile_shape.h").read_text()
+    for isa, branch in (
+        ("avx512", r"SIMD_AVX512\)"), ("avx2", r"SIMD_AVX2\)"), ("neon", r"SIMD_NEON\)"), ("generic", "#else")
+    ):  # fmt: skip
+        part = re.search(branch + r"\s(.*?)#e", kernels, re.DOTALL).group(1)
+        rows = re.search(r"kTileRows = (\d+);", part).group(1)
+        vectors = re.search(r"kTileVectors = (\d+);", part).group(1)
+        target = (CSRC / f"common/simd/target_{isa}.h").read_text()
+        vector_bytes = re.search(r"FASTCONV_VECTOR_BYTES (\d+)", target).group(1)
+        found = re.search(rf"Isa::{isa}:\s+return \{{(\d+), (\d+), (\d+)\}};", described).groups()
+        assert found == (rows, vectors, vector_bytes), isa
+
+
+def test_can_run_gives_functionals_own_reasons():
+    x, weight = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)
+    assert backends.can_run("conv2d", x, weight) is None
+    assert backends.choose("conv2d", x, weight) == ("cpu", None)
+    for bad, reason in (
+        ((x.long(), weight.long()), "torch.int64"),
+        ((x.double(), weight), "one dtype"),
+        ((x.to_sparse(), weight), "to_dense"),
+        ((x[:, :2], weight), "check groups"),
+        ((torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), weight), "quint8"),
+    ):
+        backend, refusal = backends.choose("conv2d", *bad)
+        assert backend == "torch"
+        assert reason in refusal.reason
+        assert str(refusal).startswith("conv2d: ")
+    with pytest.raises(ValueError, match="function is 'conv3d'"):
+        backends.can_run("conv3d", x, weight)
+
+
+def test_backends_without_kernels_say_so():
+    assert backends.unavailable("cpu") is None
+    assert "no CUDA kernels yet" in backends.unavailable("cuda")
+    assert "no Triton kernels yet" in backends.unavailable("triton")
+    with pytest.raises(ValueError, match="expected one of cpu, cuda, triton"):
+        backends.unavailable("tpu")
