@@ -118,7 +118,7 @@ def test_algo_is_obeyed_and_unknown_names_are_refused():
         reset_stats()
         functional.conv2d(x, w, algo=algo)
         assert stats() == {f"conv2d/{algo}": 1}
-    with pytest.raises(RuntimeError, match="fastest.*choose one of .*tiled"):
+    with pytest.raises(RuntimeError, match=r"fastest.*choose one of .*tiled"):
         functional.conv2d(x, w, algo="fastest")
 
 
