@@ -17,15 +17,16 @@ import fastconv
 from fastconv.stats import stats
 
 # Layer, constructor arguments, and the kernel that its forward pass must reach.
+CHANNELS = {"in_channels": 4, "out_channels": 2}
 LAYERS: list[tuple[str, dict[str, Any], str]] = [
     ("Conv2d", {"in_channels": 4, "out_channels": 6, "kernel_size": 3}, "conv2d"),
     ("Conv2d", {"in_channels": 4, "out_channels": 6, "kernel_size": (3, 2), "stride": 2, "padding": (1, 0)}, "conv2d"),
     ("Conv2d", {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "groups": 4, "padding": "same"}, "conv2d"),
     ("Conv2d", {"in_channels": 4, "out_channels": 8, "kernel_size": 4, "groups": 2, "padding": "same"}, "conv2d"),
-    ("Conv2d", {"in_channels": 4, "out_channels": 2, "kernel_size": 3, "padding": "valid", "bias": False}, "conv2d"),
-    ("Conv2d", {"in_channels": 4, "out_channels": 2, "kernel_size": 3, "dilation": 2, "dtype": torch.float64}, "conv2d"),
-    ("Conv2d", {"in_channels": 4, "out_channels": 2, "kernel_size": 3, "padding": 2, "padding_mode": "reflect"}, "conv2d"),
-    ("Conv2d", {"in_channels": 4, "out_channels": 2, "kernel_size": 3, "padding": "same", "padding_mode": "circular"},
+    ("Conv2d", {**CHANNELS, "kernel_size": 3, "padding": "valid", "bias": False}, "conv2d"),
+    ("Conv2d", {**CHANNELS, "kernel_size": 3, "dilation": 2, "dtype": torch.float64}, "conv2d"),
+    ("Conv2d", {**CHANNELS, "kernel_size": 3, "padding": 2, "padding_mode": "reflect"}, "conv2d"),
+    ("Conv2d", {**CHANNELS, "kernel_size": 3, "padding": "same", "padding_mode": "circular"},
      "conv2d"),
     ("MaxPool2d", {"kernel_size": 2}, "max_pool2d"),
     ("MaxPool2d", {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True}, "max_pool2d"),
