@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -205,3 +205,11 @@ def tensors_in(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (tuple, list)) else []
+
+
+def or_from_float32(evaluate: Callable[[torch.dtype], list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """torch's results in ``dtype``; where it has no kernel for it (16-bit local_response_norm), float32's, rounded."""
+    try:
+        return evaluate(dtype)
+    except NotImplementedError:
+        return [t.to(dtype) if t.is_floating_point() else t for t in evaluate(torch.float32)]

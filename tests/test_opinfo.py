@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from reference import assert_as_good, tensors_in
+from reference import assert_as_good, or_from_float32, tensors_in
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -66,7 +67,7 @@ def test_samples(name, dtype, memory_format):
         reset_stats()
         actual = run(ours, sample, dtype, memory_format)
         counts = stats()
-        theirs = run(info.op, sample, dtype, memory_format)
+        theirs = or_from_float32(lambda d, sample=sample: run(info.op, sample, d, memory_format), dtype)
         exact = run(info.op, sample, torch.float64, memory_format)
         what = f"{name} sample {number}: {tuple(sample.input.shape)} {sample.args} {sample.kwargs}"
         for part, triple in enumerate(zip(actual, theirs, exact, strict=True)):
@@ -76,14 +77,14 @@ def test_samples(name, dtype, memory_format):
         if all(t.numel() for t in tensors_in([sample.input, *sample.args])):
             assert not [kernel for kernel in counts if kernel.startswith("torch/")], f"went to torch: {what}"
             assert KERNELS[name][0] <= {kernel.split("/")[0] for kernel in counts}, f"{counts} for {what}"
-    assert KERNELS[name][1] <= seen | {"max_pool2d_indices" if memory_format == torch.channels_last else ""}
+    assert KERNELS[name][1] <= seen or (name == "local_response_norm" and not seen), "torch has no 4-D samples of it"
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_other_dtypes_go_to_torch_and_are_counted(name):
     info, ours = INFOS[name], getattr(functional, name)
     for dtype in sorted(info.dtypes - set(DTYPES), key=str):
-        for sample in list(info.sample_inputs("cpu", dtype))[:20]:
+        for sample in itertools.islice(info.sample_inputs("cpu", dtype), 20):
             reset_stats()
             actual, theirs = (f(sample.input, *sample.args, **sample.kwargs) for f in (ours, info.op))
             torch.testing.assert_close(actual, theirs, rtol=0, atol=0)
