@@ -13,4 +13,5 @@
 #endif
 // gcc 12 takes the deliberately undefined operands inside its own avx512fintrin.h for mistakes of ours.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
