@@ -76,10 +76,10 @@ def can_run(function: str, *args: Any, **kwargs: Any) -> Refusal | None:
         fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
         try:
             getattr(functional, function)(*fake_args, **fake_kwargs)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception:
             # A call that torch would not take either has its refusal by now.
             if not refusals:
-                raise error
+                raise
     return refusals[0] if refusals else None
 
 

@@ -203,7 +203,7 @@ def explain(
         with torch.set_grad_enabled(backward), _layers_of(call, watcher), watcher:
             if isinstance(call, nn.Module):
                 # In-place updates, such as batch norm's counter, are for copies.
-                buffers = {name: mode.from_tensor(buffer) for name, buffer in call.named_buffers()}
+                buffers: dict[str, Tensor] = {name: mode.from_tensor(buffer) for name, buffer in call.named_buffers()}
                 outputs = torch.func.functional_call(call, buffers, tuple(inputs))
             else:
                 outputs = call(*inputs)

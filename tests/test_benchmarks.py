@@ -49,7 +49,9 @@ def test_alexnets_table():
     convolutions = [layer for layer in NETWORKS["alexnet"]() if isinstance(layer, Conv)]
     found = [(c.filters, c.kernel, c.stride, c.padding, c.out_size, c.flops() / 1e6) for c in convolutions]
     assert [row[:-1] for row in found] == [row[:-1] for row in table]
-    assert [row[-1] for row in found] == pytest.approx([row[-1] for row in table], abs=1)  # the lecture cuts decimals off
+    assert [row[-1] for row in found] == pytest.approx(
+        [row[-1] for row in table], abs=1
+    )  # the lecture cuts decimals off
     assert [pool.out_size for pool in NETWORKS["alexnet"]() if isinstance(pool, Pool)] == [27, 13, 6]
     halves = [layer.groups for layer in NETWORKS["alexnet-2gpu"]() if isinstance(layer, Conv)]
     assert halves == [1, 2, 1, 2, 2]

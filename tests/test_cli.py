@@ -14,7 +14,7 @@ from fastconv import _C, _selfcheck, cli
 
 
 def run_module(*arguments, **environment):
-    # The tests may run beside an installed package or in the source folder: the child must find what this process found.
+    # The child must import the package that this process imported.
     path = os.pathsep.join([str(Path(fastconv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "fastconv", *arguments],
