@@ -68,7 +68,7 @@ def test_cases(name, dtype, training):
         reset_stats()
         actual = results(mine, case, dtype)
         counts = stats()
-        torchs = or_from_float32(lambda d, case=case: results(theirs.to(d), case, d), dtype)
+        torchs = or_from_float32(lambda d, case=case, theirs=theirs: results(theirs.to(d), case, d), dtype)
         triples = zip(actual, torchs, results(exact, case, torch.float64), strict=True)
         for part, triple in enumerate(triples):
             assert_as_good(*triple, f"result {part} of {name} case {number} ({case.desc})", allowed_roundings=8)
