@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
 from fastconv import functional
-from fastconv.stats import stats
+from fastconv.stats import reset_stats, stats
 
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv2d": ("conv2d", {"padding": 1, "stride": 2}),
-    "conv2d-grouped": ("conv2d", {"padding": (1, 0), "groups": 2, "dilation": (1, 2)}),
+    "conv2d-grouped": ("conv2d", {"padding": (1, 2), "groups": 2, "dilation": (1, 2)}),
     "conv2d-depthwise": ("conv2d", {"padding": "same", "groups": 4}),
     "conv2d-naive": ("conv2d", {"algo": "naive"}),
     "max_pool2d": ("max_pool2d", {"kernel_size": 3, "stride": 2, "padding": 1}),
@@ -69,7 +69,12 @@ def test_gradcheck(call, memory_format):
 def test_gradgradcheck(call):
     leaves = [leaf.requires_grad_() for leaf in leaves_of(call, size=4)]
     torch.autograd.gradgradcheck(
-        function_of(call), leaves, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True
+        function_of(call),
+        leaves,
+        check_fwd_over_rev=True,
+        check_rev_over_rev=True,
+        check_batched_grad=True,
+        fast_mode=True,
     )
 
 
@@ -183,8 +188,10 @@ def small_network(module: Any) -> nn.Sequential:
 def test_fx_tracing(ran):
     net = small_network(fastconv)
     traced = torch.fx.symbolic_trace(net)
-    assert [node.op for node in traced.graph.nodes].count("call_module") == 9, "layers are leaves, as torch's are"
-    image = torch.randn(2, 3, 12, 12)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [functional.conv2d, functional.max_pool2d, functional.conv2d, functional.local_response_norm,
+                      functional.avg_pool2d, functional.adaptive_avg_pool2d]  # fmt: skip
+    image = torch.randn(3, 3, 14, 18)
     with ran("conv2d", "max_pool2d_with_offsets", "avg_pool2d", "adaptive_avg_pool2d", "local_response_norm"):
         torch.testing.assert_close(traced(image), net(image))
 
@@ -248,8 +255,11 @@ def test_flop_counter_agrees_with_torchs(name):
             forward = counter.get_total_flops()
             output.sum().backward()
         counts.append((forward, counter.get_total_flops()))
-    assert counts[0] == counts[1]
-    assert counts[0][0] > 0
+    forward, total = counts[0]
+    assert forward == counts[1][0] > 0
+    # Each gradient costs what the forward pass does. For groups torch counts the weight gradient as if there were none.
+    assert total == 3 * forward
+    assert total == counts[1][1] or name != "conv2d"
 
 
 def test_flop_counter_without_gradients():
@@ -263,15 +273,18 @@ def test_flop_counter_without_gradients():
 
 @EACH
 def test_meta_tensors(call):
-    """Shapes and strides without data, as torch gives them; no kernel may be asked."""
-    leaves = [leaf.to("meta") for leaf in leaves_of(call)]
+    """Shapes and strides without data are those of the real call; no kernel may be asked."""
     for format in (torch.contiguous_format, torch.channels_last):
+        leaves = leaves_of(call)
         leaves[0] = leaves[0].to(memory_format=format)
-        mine, theirs = (
-            tensors_in(function_of(call, module)(*leaves))[0] for module in (functional, torch.nn.functional)
-        )
-        assert (mine.shape, mine.stride(), mine.device) == (theirs.shape, theirs.stride(), theirs.device)
-    assert stats() == {}
+        real = tensors_in(function_of(call)(*leaves))[0]
+        theirs = tensors_in(function_of(call, torch.nn.functional)(*leaves))[0]
+        reset_stats()
+        meta = tensors_in(function_of(call)(*(leaf.to("meta") for leaf in leaves)))[0]
+        assert stats() == {}
+        assert meta.device.type == "meta"
+        assert (meta.shape, meta.stride(), meta.dtype) == (real.shape, real.stride(), real.dtype)
+        assert (meta.shape, meta.stride()) == (theirs.shape, theirs.stride())
 
 
 class Logged(Tensor):
@@ -311,12 +324,11 @@ def test_saved_tensors_and_checkpointing(call):
         assert all(torch.equal(one, two) for one, two in zip(plain, hooked, strict=True))
 
 
-@EACH
+# The gradients of pooling do not need the input.
+@pytest.mark.parametrize("call", [call for call in CALLS if "pool" not in call])
 def test_a_leaf_changed_in_place_before_backward_is_noticed(call):
     leaves = [leaf.requires_grad_() for leaf in leaves_of(call)]
     output = function_of(call)(*leaves)
-    if CALLS[call][0] not in ("conv2d", "local_response_norm"):
-        pytest.skip("the pooling gradients do not need the input")
     with torch.no_grad():
         leaves[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
