@@ -8,15 +8,18 @@ pytest benchmarks --benchmark-only                                every layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fastconv
 from benchmarks import layers, measure, report
 from benchmarks.report import Case, Row
+from fastconv import _C
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -24,7 +27,7 @@ FULL_SECONDS, QUICK_SECONDS = 0.4, 0.05  # for each case
 QUICK_LAYERS = {1: 2, 8: 1}  # of each family, by batch size
 QUICK_FLOPS = 3e9  # no single call above this in the quick run
 
-Measure = Callable[[Case, measure.Call, measure.Call, int], Row]
+Measure = Callable[..., Row]
 ROWS = pytest.StashKey[list[Row]]()
 NOTES = pytest.StashKey[list[str]]()
 
@@ -102,39 +105,40 @@ def measured(
     device: torch.device,
     dtype: torch.dtype,
     ceilings: measure.Ceilings,
-) -> Iterator[Measure]:
-    """measured(case, ours, theirs, terms): checks that results agree, then measures both in turns."""
+) -> Measure:
+    """measured(case, ours, theirs, terms): checks that results agree, then measures both in turns.
+
+    ``terms`` is the length of the sums: the allowed disagreement depends on it. Without ``autograd=True`` both run in
+    inference mode.
+    """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         pytest.skip("fastconv has no CUDA kernels yet; there is nothing to compare with cuDNN")
 
     budget = QUICK_SECONDS if request.config.getoption("--quick") else FULL_SECONDS
 
-    def run(case: Case, ours: measure.Call, theirs: measure.Call, terms: int) -> Row:
-        kernel = _kernel_of(ours)
-        measure.require_agreement(ours(), theirs(), terms)
-        turns = measure.take_turns(benchmark, measure.clock_of(device), ours, theirs, budget)
+    def run(case: Case, ours: measure.Call, theirs: measure.Call, terms: int, *, autograd: bool = False) -> Row:
+        with torch.inference_mode(not autograd):
+            kernel = _kernel_of(ours)
+            measure.require_agreement(ours().detach(), theirs().detach(), terms)
+            turns = measure.take_turns(benchmark, measure.clock_of(device), ours, theirs, budget)
         row = _row(case, kernel, turns, ceilings)
         benchmark.group = f"{case.op} {case.family} {case.direction}"
         benchmark.extra_info.update(row.as_json())
         request.config.stash[ROWS].append(row)
         return row
 
-    with torch.inference_mode():
-        yield run
+    return run
 
 
 def _kernel_of(call: measure.Call) -> str:
-    import fastconv
-
     fastconv.reset_stats()
     call()
-    return ", ".join(name.split("/")[-1] if not name.startswith("torch/") else name for name in fastconv.stats())
+    ran = (name if name.startswith("torch/") else name.split("/")[-1] for name in fastconv.stats())
+    return ", ".join(dict.fromkeys(ran))
 
 
 def _row(case: Case, kernel: str, turns: measure.Turns, ceilings: measure.Ceilings) -> Row:
-    import statistics
-
     our_seconds, torch_seconds = statistics.median(turns.ours), statistics.median(turns.theirs)
     floor = ceilings.floor_seconds(case.flops, case.bytes)
     low, high = turns.spread
@@ -153,8 +157,6 @@ def _row(case: Case, kernel: str, turns: measure.Turns, ceilings: measure.Ceilin
 
 
 def facts(config: pytest.Config) -> dict[str, str]:
-    from fastconv import _C
-
     device = torch.device(config.getoption("--device"))
     return {
         "device": report.machine(device),

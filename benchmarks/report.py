@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 DIRECTIONS = ("forward", "input_grad", "weight_grad")
+WHOLE_STEP = "step"  # forward and backward
 LAYOUTS = ("nchw", "nhwc")
 
 
@@ -119,8 +120,13 @@ def layer_cells(row: Row) -> tuple[str, ...]:
 def summary_tables(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """For each batch size (title, headings, cells): geometric means by family over pass and layout, and in total."""
     tables = []
-    directions = [d for d in DIRECTIONS if any(row.case.direction == d for row in rows)]
-    columns = [(direction, layout) for direction in directions for layout in LAYOUTS]
+    directions = [d for d in (*DIRECTIONS, WHOLE_STEP) if any(row.case.direction == d for row in rows)]
+    columns = [
+        (direction, layout)
+        for direction in directions
+        for layout in LAYOUTS
+        if any((row.case.direction, row.case.layout) == (direction, layout) for row in rows)
+    ]
     for batch in sorted({row.case.batch for row in rows}):
         chosen = [row for row in rows if row.case.batch == batch]
         families = list(dict.fromkeys((row.case.op, row.case.family) for row in chosen))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastconv import functional
+from fastconv.ops.conv2d_fused import conv2d_fused
 from fastconv.stats import stats
 
 # Of the root mean square of the reference, for sums of up to 200 products in float32.
@@ -33,6 +34,7 @@ def run() -> Iterator[Result]:
         ("conv2d naive", _conv(functional.conv2d, 1, algo="naive"), _conv(torch_functional.conv2d, 1), _DENSE),
         ("conv2d grouped", _conv(functional.conv2d, 2), _conv(torch_functional.conv2d, 2), _GROUPED),
         ("conv2d depthwise", _conv(functional.conv2d, 18), _conv(torch_functional.conv2d, 18), _DEPTHWISE),
+        ("conv2d_fused", _fused, _fused_by_torch, _FUSED),
         ("max_pool2d", _window(functional.max_pool2d), _window(torch_functional.max_pool2d), _PLANES),
         ("avg_pool2d", _window(functional.avg_pool2d), _window(torch_functional.avg_pool2d), _PLANES),
         ("adaptive_avg_pool2d", _adaptive(functional, (2, 3)), _adaptive(torch_functional, (2, 3)), _PLANES),
@@ -47,6 +49,7 @@ _DENSE = ((2, 19, 9, 11), (21, 19, 3, 3), (21,))
 _GROUPED = ((2, 18, 9, 11), (22, 9, 3, 3), (22,))
 _DEPTHWISE = ((2, 18, 9, 11), (36, 1, 3, 3), (36,))
 _PLANES = ((2, 19, 9, 11),)
+_FUSED = ((2, 19, 9, 11), (21, 19, 3, 3), (21,), (21,), (2, 21, 9, 11))
 
 
 def _check(name: str, ours: Callable[..., Tensor], theirs: Callable[..., Tensor], shapes: Any, layout: str) -> Result:
@@ -85,6 +88,15 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 def _conv(function: Any, groups: int, **options: Any) -> Callable[..., Tensor]:
     return lambda x, w, b: function(x, w, b, stride=(2, 1), padding=1, groups=groups, **options)
+
+
+def _fused(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
+    return conv2d_fused(x, w, scale, shift, residual, (1, 1), (1, 1, 1, 1), (1, 1), 1, "tanh")
+
+
+def _fused_by_torch(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
+    y = torch.nn.functional.conv2d(x, w, padding=1)
+    return torch.tanh(y * scale[:, None, None] + shift[:, None, None] + residual)
 
 
 def _window(function: Any) -> Callable[..., Tensor]:
