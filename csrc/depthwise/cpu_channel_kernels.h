@@ -71,17 +71,21 @@ FASTCONV_INLINE void put_columns(const ChannelTile<X, Y>& tile, int64_t c, int64
     for (int j = 0; j < kTileColumns; ++j) store_channels<kNarrow>(tile.y + j * tile.y_column + c, sums[j], live);
     return;
   }
+  simd::Vec<Acc> values[kTileColumns];  // an index of `sums` that is not a constant would keep it out of registers
+#pragma GCC unroll 8
+  for (int j = 0; j < kTileColumns; ++j) values[j] = sums[j];
   for (int j = 0; j < tile.columns; ++j) {
     const int64_t offset = j * tile.y_column + c;
-    if (tile.residual) sums[j] = sums[j] + load_channels<kNarrow>(tile.residual + offset, live);
-    store_channels<kNarrow>(tile.y + offset, simd::activate<Acc>(sums[j], tile.activation), live);
+    if (tile.residual) values[j] = values[j] + load_channels<kNarrow>(tile.residual + offset, live);
+    store_channels<kNarrow>(tile.y + offset, simd::activate<Acc>(values[j], tile.activation), live);
   }
 }
 
 template <class X, class Y>
 using ChannelKernel = void (*)(const ChannelTile<X, Y>&);
 
-template <class X, class Y, int kTapRows, int kTapColumns, int kStep>
+/// Any number of tap rows, kTapColumns columns side by side.
+template <class X, class Y, int kTapColumns, int kStep>
 void window_tile(const ChannelTile<X, Y>& argument) {
   const ChannelTile<X, Y> tile = argument;  // or gcc reloads it after every store through tile.y
   using Acc = acc_t<X>;
@@ -89,16 +93,18 @@ void window_tile(const ChannelTile<X, Y>& argument) {
   constexpr int64_t kLane = simd::kLanes<Acc>;
   for_channel_vectors<kLane>(tile.c_begin, tile.c_end, [&](int64_t c) __attribute__((always_inline)) {
     V sums[kTileColumns] = {};
-#pragma GCC unroll 8
-    for (int r = 0; r < kTapRows; ++r) {
+    const X* const* x = tile.x;
+    const Acc* weight = tile.weights + c;
+    // Unrolled, gcc would keep the address of every pointer of all rows on the stack: a third more loads.
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < tile.tap_rows; ++r, x += tile.x_pitch, weight += tile.weight_row) {
       V weights[kTapColumns];
 #pragma GCC unroll 8
-      for (int s = 0; s < kTapColumns; ++s)
-        weights[s] = simd::load(tile.weights + r * tile.weight_row + s * tile.weight_column + c);
+      for (int s = 0; s < kTapColumns; ++s) weights[s] = simd::load(weight + s * tile.weight_column);
       constexpr int kWidth = (kTileColumns - 1) * kStep + kTapColumns;
 #pragma GCC unroll 32
       for (int e = 0; e < kWidth; ++e) {
-        const V value = simd::load(tile.x[r * tile.x_pitch + e] + c);
+        const V value = simd::load(x[e] + c);
 #pragma GCC unroll 8
         for (int s = 0; s < kTapColumns; ++s) {
           const int j = (e - s) / kStep;
@@ -131,16 +137,20 @@ void any_window_tile(const ChannelTile<X, Y>& argument) {
   });
 }
 
-/// `rows` and `columns` are the tap counts; `spacing` is that of the columns (rows have theirs in the pointer table).
+/// `taps` and `spacing` are those of a row (rows have theirs in the pointer table).
 template <class X, class Y>
-ChannelKernel<X, Y> channel_kernel(int64_t rows, int64_t columns, int64_t spacing, int64_t step, int64_t channels) {
+ChannelKernel<X, Y> channel_kernel(int64_t taps, int64_t spacing, int64_t step, int64_t channels) {
   if (channels < simd::kLanes<acc_t<X>>) return &any_window_tile<X, Y, true>;
-  const bool square_3 = rows == 3 && columns == 3 && spacing == 1;
-  const bool square_5 = rows == 5 && columns == 5 && spacing == 1;
-  if (square_3 && step == 1) return &window_tile<X, Y, 3, 3, 1>;
-  if (square_3 && step == 2) return &window_tile<X, Y, 3, 3, 2>;
-  if (square_5 && step == 1) return &window_tile<X, Y, 5, 5, 1>;
-  if (square_5 && step == 2) return &window_tile<X, Y, 5, 5, 2>;
+  // X and Y differ only for a channel multiplier of 16-bit tensors: not worth kernels of its own.
+  if constexpr (__is_same(X, Y)) {
+    // The gradient of stride 2 has 1 and 2 taps of 3, 2 and 3 taps of 5.
+    if (taps == 1 && step == 1) return &window_tile<X, Y, 1, 1>;
+    if (taps == 2 && step == 1 && spacing == 1) return &window_tile<X, Y, 2, 1>;
+    if (taps == 3 && step == 1 && spacing == 1) return &window_tile<X, Y, 3, 1>;
+    if (taps == 3 && step == 2 && spacing == 1) return &window_tile<X, Y, 3, 2>;
+    if (taps == 5 && step == 1 && spacing == 1) return &window_tile<X, Y, 5, 1>;
+    if (taps == 5 && step == 2 && spacing == 1) return &window_tile<X, Y, 5, 2>;
+  }
   return &any_window_tile<X, Y, false>;
 }
 

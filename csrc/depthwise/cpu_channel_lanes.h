@@ -40,6 +40,7 @@ void convolve_part(const DepthwisePass& pass, const ChannelImage<X>& image, cons
     const AxisTaps& columns = pass.column_taps[b];
     const int64_t count = ceil_div(size.w - b, phases.w);
     const int64_t width = (kTileColumns - 1) * step.w + columns.spacing * max_of(columns.count - 1, 0) + 1;
+    const auto kernel = channel_kernel<X, Y>(columns.count, columns.spacing, step.w, part.c_end - part.c_begin);
     tile.spacing = columns.spacing;
     tile.tap_columns = columns.count;
     tile.weight_column = columns.tap_step * filters;
@@ -56,7 +57,7 @@ void convolve_part(const DepthwisePass& pass, const ChannelImage<X>& image, cons
         tile.weight_row = rows.tap_step * pass.kernel.w * filters;
         tile.y = y + offset;
         tile.residual = residual ? residual + offset : nullptr;
-        channel_kernel<X, Y>(rows.count, columns.count, columns.spacing, step.w, part.c_end - part.c_begin)(tile);
+        kernel(tile);
       }
     }
   }

@@ -19,8 +19,10 @@ struct GradTile {
   int64_t sums_pitch, channels;
 };
 
-template <class X, class T, int kTapRows, int kTapColumns, int kStep>
-void add_window_tile(const GradTile<X, T>& tile) {
+/// Any number of tap rows, kTapColumns columns side by side.
+template <class X, class T, int kTapColumns, int kStep>
+void add_window_tile(const GradTile<X, T>& argument) {
+  const GradTile<X, T> tile = argument;  // or gcc reloads it after every store of sums
   using Acc = acc_t<T>;
   using V = simd::Vec<Acc>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
@@ -29,15 +31,16 @@ void add_window_tile(const GradTile<X, T>& tile) {
     V factors[kTileColumns];
 #pragma GCC unroll 8
     for (int j = 0; j < kTileColumns; ++j) factors[j] = simd::load(tile.grad[j] + c);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTapRows; ++r) {
+    const X* const* x = tile.x;
+    Acc* kept = tile.sums + c;
+#pragma GCC unroll 1  // see window_tile
+    for (int64_t r = 0; r < tile.tap_rows; ++r, x += tile.x_pitch, kept += kTapColumns * tile.sums_pitch) {
       V sums[kTapColumns];
-      Acc* kept = tile.sums + r * kTapColumns * tile.sums_pitch + c;
 #pragma GCC unroll 8
       for (int s = 0; s < kTapColumns; ++s) sums[s] = simd::load(kept + s * tile.sums_pitch);
 #pragma GCC unroll 32
       for (int e = 0; e < kWidth; ++e) {
-        const V value = simd::load(tile.x[r * tile.x_pitch + e] + c);
+        const V value = simd::load(x[e] + c);
 #pragma GCC unroll 8
         for (int s = 0; s < kTapColumns; ++s) {
           const int j = (e - s) / kStep;
@@ -77,9 +80,14 @@ using AddTile = void (*)(const GradTile<X, T>&);
 
 template <class X, class T>
 AddTile<X, T> add_tile_kernel(const ConvProblem& p, int64_t channels) {
-  if (channels % simd::kLanes<acc_t<T>> == 0 && p.r == 3 && p.s == 3 && p.dilation.w == 1) {
-    if (p.stride.w == 1) return &add_window_tile<X, T, 3, 3, 1>;
-    if (p.stride.w == 2) return &add_window_tile<X, T, 3, 3, 2>;
+  // X and T differ only for a channel multiplier of 16-bit tensors: not worth kernels of its own.
+  if constexpr (__is_same(X, T)) {
+    if (channels % simd::kLanes<acc_t<T>> == 0 && p.dilation.w == 1) {
+      if (p.s == 3 && p.stride.w == 1) return &add_window_tile<X, T, 3, 1>;
+      if (p.s == 3 && p.stride.w == 2) return &add_window_tile<X, T, 3, 2>;
+      if (p.s == 5 && p.stride.w == 1) return &add_window_tile<X, T, 5, 1>;
+      if (p.s == 5 && p.stride.w == 2) return &add_window_tile<X, T, 5, 2>;
+    }
   }
   return &add_any_window_tile<X, T>;
 }
