@@ -162,6 +162,15 @@ struct ChannelImage {
   int64_t channels;
 };
 
+/// How many channels a task takes at a time, if the rows of a window take `row_bytes` per channel. They stay in L1
+/// where that leaves blocks worth having. Where it does not they stay in L2, and the more channels a block has, the
+/// longer are the runs that are read in order.
+FASTCONV_INLINE int64_t channels_per_block(int64_t row_bytes) {
+  constexpr int64_t kL1Bytes = 24 * 1024, kL2Bytes = 256 * 1024, kLeast = 64, kMost = 128;
+  const int64_t fitting = kL1Bytes / max_of(row_bytes, 1);
+  return fitting >= kLeast ? min_of(fitting, kMost) : max_of(kLeast, kL2Bytes / row_bytes);
+}
+
 /// Fills a pointer table: `rows` rows of `width` elements, from (row, column) of the image on.
 template <class X>
 void point_at_window(const ChannelImage<X>& image, const X* zeros, int64_t row, int64_t rows, int64_t column,

@@ -15,20 +15,27 @@ struct ChannelScratch {
   const X* zeros;
 };
 
+/// Columns of the pointer table: whole tiles, so the last ones may point right of the image, at zeros.
+FASTCONV_INLINE int64_t table_width(const DepthwisePass& pass) {
+  return (round_up(pass.grid.w, kTileColumns) - 1) * pass.step.w + pass.column_reach.last - pass.column_reach.first + 1;
+}
+
 /// A part of one image: grid rows [begin, end), filters [c_begin, c_end), all phases.
 struct ChannelPart {
   int64_t begin, end, c_begin, c_end;
 };
 
-/// `y` and `residual` point at the image's row 0. Columns are the outer loop, so that the rows of x that neighbouring
-/// rows of y share are still in L1.
+/// `y` and `residual` point at the image's row 0. Rows are the outer loop: x and y are then read and written in the
+/// order in which they lie, which is what prefetchers understand.
 template <class X, class Y>
 void convolve_part(const DepthwisePass& pass, const ChannelImage<X>& image, const acc_t<X>* weights, Y* y,
                    const Y* residual, const ChannelPart& part, const ChannelScratch<X>& scratch) {
   using Acc = acc_t<X>;
   const Size2 phases = pass.phases, size = pass.y_size, step = pass.step;
   const int64_t filters = pass.filters, first_row = part.begin * step.h + pass.row_reach.first;
+  const int64_t first_column = pass.column_reach.first, width = table_width(pass);
   const int64_t x_rows = (part.end - 1 - part.begin) * step.h + pass.row_reach.last - pass.row_reach.first + 1;
+  point_at_window(image, scratch.zeros, first_row, x_rows, first_column, width, scratch.table);
   ChannelTile<X, Y> tile{};
   tile.step = step.w;
   tile.y_column = phases.w * filters;
@@ -36,30 +43,27 @@ void convolve_part(const DepthwisePass& pass, const ChannelImage<X>& image, cons
   tile.scale = static_cast<const Acc*>(pass.epilogue.scale);
   tile.shift = static_cast<const Acc*>(pass.epilogue.shift);
   tile.activation = pass.epilogue.activation;
-  for (int64_t b = 0; b < min_of(phases.w, size.w); ++b) {
-    const AxisTaps& columns = pass.column_taps[b];
-    const int64_t count = ceil_div(size.w - b, phases.w);
-    const int64_t width = (kTileColumns - 1) * step.w + columns.spacing * max_of(columns.count - 1, 0) + 1;
-    const auto kernel = channel_kernel<X, Y>(columns.count, columns.spacing, step.w, part.c_end - part.c_begin);
-    tile.spacing = columns.spacing;
-    tile.tap_columns = columns.count;
-    tile.weight_column = columns.tap_step * filters;
-    for (int64_t j = 0; j < count; j += kTileColumns) {
-      point_at_window(image, scratch.zeros, first_row, x_rows, j * step.w + columns.offset, width, scratch.table);
-      tile.columns = min_of(kTileColumns, count - j);
-      for (int64_t row = part.begin * phases.h; row < min_of(part.end * phases.h, size.h); ++row) {
-        const int64_t i = row / phases.h, offset = (row * size.w + b + j * phases.w) * filters;
-        const AxisTaps& rows = pass.row_taps[row % phases.h];
-        tile.tap_rows = rows.count;
-        tile.x = scratch.table + (rows.count > 0 ? i * step.h + rows.offset - first_row : 0) * width;
-        tile.x_pitch = rows.spacing * width;
+  for (int64_t row = part.begin * phases.h; row < min_of(part.end * phases.h, size.h); ++row) {
+    const AxisTaps& rows = pass.row_taps[row % phases.h];
+    const X** x_row = scratch.table;
+    if (rows.count > 0) x_row += (row / phases.h * step.h + rows.offset - first_row) * width;
+    tile.tap_rows = rows.count;
+    tile.x_pitch = rows.spacing * width;
+    tile.weight_row = rows.tap_step * pass.kernel.w * filters;
+    for (int64_t j = 0; j < pass.grid.w; j += kTileColumns)
+      for (int64_t b = 0; b < phases.w && b + j * phases.w < size.w; ++b) {
+        const AxisTaps& columns = pass.column_taps[b];
+        const int64_t offset = (row * size.w + b + j * phases.w) * filters;
+        tile.columns = min_of(kTileColumns, (size.w - b + phases.w - 1) / phases.w - j);
+        tile.spacing = columns.spacing;
+        tile.tap_columns = columns.count;
+        tile.x = x_row + j * step.w + (columns.count > 0 ? columns.offset - first_column : 0);
         tile.weights = weights + (rows.tap * pass.kernel.w + columns.tap) * filters;
-        tile.weight_row = rows.tap_step * pass.kernel.w * filters;
+        tile.weight_column = columns.tap_step * filters;
         tile.y = y + offset;
         tile.residual = residual ? residual + offset : nullptr;
-        kernel(tile);
+        channel_kernel<X, Y>(columns.count, columns.spacing, step.w, part.c_end - part.c_begin)(tile);
       }
-    }
   }
 }
 
@@ -79,20 +83,20 @@ struct ChannelLanesPlan {
   int64_t table_elements;
   int64_t repeated_elements;  // of x or y, for a channel multiplier
 
-  ChannelLanesPlan(const DepthwisePass& pass, int64_t lanes) {
-    // 128 channels of a 3x3 window over 7 columns are 14 KiB of x and 5 KiB of weights, less than a 32 KiB L1.
-    constexpr int64_t kBlock = 128, kTaskWork = 131072;
+  ChannelLanesPlan(const DepthwisePass& pass, int64_t lanes, int64_t element_bytes) {
+    constexpr int64_t kTaskWork = 131072;
+    const int64_t wanted = channels_per_block(pass.kernel.h * pass.x_size.w * element_bytes);
     // With a multiplier, channels are repeated for whole rows of x at once, so one block takes them all.
-    blocks = pass.filters == pass.channels ? ceil_div(pass.filters, kBlock) : 1;
+    blocks = pass.filters == pass.channels ? ceil_div(pass.filters, wanted) : 1;
     block = round_up(ceil_div(pass.filters, blocks), lanes);
     blocks = ceil_div(pass.filters, block);
     const int64_t row_work = pass.x_size.w * pass.x_planes * pass.kernel.h * pass.kernel.w * block;
     rows_per_task = min_of(pass.grid.h, max_of(1, kTaskWork / max_of(row_work, 1)));
     row_tasks = ceil_div(pass.grid.h, rows_per_task);
-    const AxisReach &rows = pass.row_reach, &columns = pass.column_reach;
+    const AxisReach& rows = pass.row_reach;
     const int64_t x_rows = (rows_per_task - 1) * pass.step.h + rows.last - rows.first + 1;
     const int64_t y_rows = rows_per_task * pass.phases.h;
-    table_elements = x_rows * ((kTileColumns - 1) * pass.step.w + columns.last - columns.first + 1);
+    table_elements = x_rows * table_width(pass);
     repeated_elements = pass.filters * (pass.gradient ? y_rows * pass.y_size.w : x_rows * pass.x_size.w);
     if (pass.filters == pass.channels) repeated_elements = 0;
   }
@@ -139,7 +143,7 @@ template <class T>
 void convolve_channel_lanes(const DepthwisePass& pass) {
   using Acc = acc_t<T>;
   constexpr int64_t kBytes = sizeof(Acc), kPointerBytes = sizeof(void*);
-  const ChannelLanesPlan plan(pass, simd::kLanes<Acc>);
+  const ChannelLanesPlan plan(pass, simd::kLanes<Acc>, sizeof(T));
   const int64_t taps = pass.kernel.h * pass.kernel.w, filters = pass.filters;
   Scratch packed(taps * filters * kBytes);
   pack_tap_major(static_cast<const T*>(pass.weight), filters, taps, packed.as<Acc>());

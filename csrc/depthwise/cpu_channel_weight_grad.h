@@ -99,15 +99,16 @@ struct ChannelGradPlan {
   int64_t x_rows;         // per share
 
   ChannelGradPlan(const ConvProblem& p, int64_t lanes) {
-    constexpr int64_t kBlock = 64, kTasks = 16;  // 64 channels of 9 sums are 2.3 KiB
+    constexpr int64_t kTasks = 16;
+    const int64_t wanted = channels_per_block(p.r * p.w * element_bytes(p.dtype));
     // With a multiplier, channels are repeated for whole rows of x at once, so one block takes them all.
-    blocks = p.k_per_group() > 1 ? 1 : ceil_div(p.k, kBlock);
+    blocks = p.k_per_group() > 1 ? 1 : ceil_div(p.k, wanted);
     block = round_up(ceil_div(p.k, blocks), lanes);
     blocks = ceil_div(p.k, block);
     shares = max_of(1, min_of(ceil_div(kTasks, blocks * p.n), p.p() / 4));
     rows = ceil_div(p.p(), shares);
     shares = ceil_div(p.p(), rows);
-    width = (kTileColumns - 1) * p.stride.w + (p.s - 1) * p.dilation.w + 1;
+    width = (round_up(p.q(), kTileColumns) - 1) * p.stride.w + (p.s - 1) * p.dilation.w + 1;
     x_rows = (rows - 1) * p.stride.h + (p.r - 1) * p.dilation.h + 1;
   }
 };
@@ -132,17 +133,17 @@ void add_grad_rows(const ConvProblem& p, const ChannelGradPlan& plan, const Chan
   tile.tap_rows = p.r, tile.tap_columns = p.s;
   tile.grad = scratch.grad_table;
   tile.sums = sums, tile.sums_pitch = plan.block, tile.channels = channels;
-  for (int64_t j = 0; j < p.q(); j += kTileColumns) {
-    point_at_window(image, static_cast<const X*>(scratch.zeros), begin * p.stride.h - p.padding.top, plan.x_rows,
-                    j * p.stride.w - p.padding.left, plan.width, x_table);
-    for (int64_t i = begin; i < end; ++i) {
+  const int64_t q = p.q();
+  point_at_window(image, static_cast<const X*>(scratch.zeros), begin * p.stride.h - p.padding.top, plan.x_rows,
+                  -p.padding.left, plan.width, x_table);
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t j = 0; j < q; j += kTileColumns) {
       for (int64_t column = 0; column < kTileColumns; ++column)
         scratch.grad_table[column] =
-            j + column < p.q() ? grad + (i * p.q() + j + column) * p.k : static_cast<const T*>(scratch.zeros);
-      tile.x = x_table + (i - begin) * p.stride.h * plan.width;
+            j + column < q ? grad + (i * q + j + column) * p.k : static_cast<const T*>(scratch.zeros);
+      tile.x = x_table + (i - begin) * p.stride.h * plan.width + j * p.stride.w;
       add(tile);
     }
-  }
 }
 
 /// One share of one image, one block of channels. Shares are numbered before images, blocks before shares.

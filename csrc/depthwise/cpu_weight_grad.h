@@ -103,43 +103,71 @@ AddWindow<T> add_window_kernel(const ConvProblem& p) {
   return &add_any_window<T>;
 }
 
+/// Tasks are groups of channels, and shares of the (image, strip) pairs where there are too few channels.
+struct RowGradPlan {
+  int64_t group, groups;  // of channels
+  int64_t channel_sums;   // elements of one channel's sums: a vector for every tap of its filters
+  int64_t pieces, shares;
+
+  RowGradPlan(const ConvProblem& p, int64_t strips, int64_t lanes, int64_t element_bytes) {
+    constexpr int64_t kTasks = 32, kSumsBytes = 8 * 1024;
+    channel_sums = p.k_per_group() * p.r * p.s * lanes;
+    // Several channels at a time make longer runs of small maps to read, image by image; their sums must stay in L1.
+    group = max_of(1, min_of(p.c / kTasks, kSumsBytes / (channel_sums * element_bytes)));
+    groups = ceil_div(p.c, group);
+    pieces = p.n * strips;
+    shares = min_of(pieces, ceil_div(kTasks, groups));
+  }
+};
+
+/// Adds to the sums of channels [begin, end): their part of one strip of one image.
+template <class T>
+void add_piece(const ConvProblem& p, const DepthwisePass& pass, const RowLanesPlan<T>& plan,
+               const StagedWindow<acc_t<T>>& window, int64_t piece, int64_t begin, int64_t end, const T* grad_y,
+               acc_t<T>* staged, acc_t<T>* sums) {
+  const AddWindow<T> add = add_window_kernel<T>(p);
+  const int64_t n = piece / plan.strips, first = piece % plan.strips * plan.strip_rows, q = p.q(), plane = p.p() * q;
+  const int64_t rows = min_of(plan.strip_rows, p.p() - first), multiplier = p.k_per_group();
+  const int64_t x_first = first * p.stride.h + pass.row_reach.first;
+  const int64_t x_rows = (rows - 1) * p.stride.h + pass.row_reach.last - pass.row_reach.first + 1;
+  const T* x = static_cast<const T*>(pass.x) + (n * p.c + begin) * p.h * p.w;
+  const T* grad = grad_y + (n * p.k + begin * multiplier) * plane + first * q;
+  for (int64_t c = begin; c < end; ++c, x += p.h * p.w) {
+    stage_rows<T>(plan.shape, x, {p.h, p.w}, x_first, x_rows, plan.strips == 1, staged);
+    for (int64_t j = 0; j < multiplier; ++j, grad += plane, sums += p.r * p.s * simd::kLanes<acc_t<T>>)
+      add(window, grad, rows, q, sums);
+  }
+}
+
 template <class T>
 void weight_grad_row_lanes(const ConvProblem& p, const T* grad_y, const T* x, T* grad_weight) {
   using Acc = acc_t<T>;
-  constexpr int64_t kLane = simd::kLanes<Acc>, kBytes = sizeof(Acc), kChannelTasks = 32;
+  constexpr int64_t kLane = simd::kLanes<Acc>, kBytes = sizeof(Acc);
   Scratch axes(taps_bytes(p)), offsets(p.s * static_cast<int64_t>(sizeof(int64_t)));
   const DepthwisePass pass = describe_pass(p, false, x, nullptr, nullptr, {}, axes.as<AxisTaps>());
   const RowLanesPlan<T> plan(pass, round_up(p.q(), kLane), offsets.as<int64_t>());
-  const int64_t multiplier = p.k_per_group(), taps = p.r * p.s, pieces = p.n * plan.strips;
-  const int64_t shares = min_of(pieces, ceil_div(kChannelTasks, p.c)), plane = p.p() * p.q();
-  const int64_t share_work = ceil_div(pieces, shares) * plan.strip_rows * p.q() * multiplier;
-  Scratch partial(shares * p.k * taps * kBytes);
-  const AddWindow<T> add = add_window_kernel<T>(p);
-  parallel_for(0, shares * p.c, ceil_div(8192, share_work), [&](int64_t begin, int64_t end) {
-    Scratch staged(plan.plane_pitch * kBytes), sums(multiplier * taps * kLane * kBytes);
+  const RowGradPlan work(p, plan.strips, kLane, kBytes);
+  const int64_t taps_per_channel = work.channel_sums / kLane;
+  const int64_t task_work = ceil_div(work.pieces, work.shares) * plan.strip_rows * p.q() * work.group * p.k_per_group();
+  Scratch partial(work.shares * p.c * taps_per_channel * kBytes);
+  parallel_for(0, work.shares * work.groups, ceil_div(8192, task_work), [&](int64_t task_begin, int64_t task_end) {
+    Scratch staged(plan.plane_pitch * kBytes), sums(work.group * work.channel_sums * kBytes);
     zero_elements(staged.as<Acc>(), plan.plane_pitch);
     const StagedWindow<Acc> window{
         staged.as<Acc>(),    plan.shape.pitch, plan.plane_pitch, 1, p.stride.h, p.dilation.h, p.r, p.s,
         plan.column_offsets, nullptr};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t share = task / p.c, c = task % p.c;
-      zero_elements(sums.as<Acc>(), multiplier * taps * kLane);
-      for (int64_t piece = pieces * share / shares; piece < pieces * (share + 1) / shares; ++piece) {
-        const int64_t n = piece / plan.strips, first = piece % plan.strips * plan.strip_rows;
-        const int64_t rows = min_of(plan.strip_rows, p.p() - first);
-        stage_rows<T>(plan.shape, x + (n * p.c + c) * p.h * p.w, {p.h, p.w}, first * p.stride.h - p.padding.top,
-                      (rows - 1) * p.stride.h + pass.row_reach.last - pass.row_reach.first + 1, plan.strips == 1,
-                      staged.as<Acc>());
-        for (int64_t j = 0; j < multiplier; ++j)
-          add(window, grad_y + (n * p.k + c * multiplier + j) * plane + first * p.q(), rows, p.q(),
-              sums.as<Acc>() + j * taps * kLane);
-      }
-      Acc* result = partial.as<Acc>() + (share * p.k + c * multiplier) * taps;
-      for (int64_t t = 0; t < multiplier * taps; ++t)
+    for (int64_t task = task_begin; task < task_end; ++task) {
+      const int64_t share = task / work.groups, begin = task % work.groups * work.group;
+      const int64_t end = min_of(p.c, begin + work.group);
+      zero_elements(sums.as<Acc>(), (end - begin) * work.channel_sums);
+      for (int64_t piece = work.pieces * share / work.shares; piece < work.pieces * (share + 1) / work.shares; ++piece)
+        add_piece<T>(p, pass, plan, window, piece, begin, end, grad_y, staged.as<Acc>(), sums.as<Acc>());
+      Acc* result = partial.as<Acc>() + (share * p.c + begin) * taps_per_channel;
+      for (int64_t t = 0; t < (end - begin) * taps_per_channel; ++t)
         result[t] = simd::sum<Acc>(simd::load(sums.as<Acc>() + t * kLane));
     }
   });
-  add_shares<T>(partial.as<Acc>(), shares, p.k * taps, grad_weight);
+  add_shares<T>(partial.as<Acc>(), work.shares, p.c * taps_per_channel, grad_weight);
 }
 
 }  // namespace
