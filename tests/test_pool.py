@@ -54,6 +54,7 @@ def test_by_hand(dtype, memory_format):
     }  # fmt: skip
 
 
+SPECIAL = ["ties", "nan", "infinite"]
 SHAPES = [(1, 1, 2), (3, 7, 9), (5, 28, 33), (37, 9, 12), (1, 13, 13), (2, 6, 70)]
 WINDOWS = [
     (kernel, stride, padding, dilation, ceil_mode)
@@ -74,10 +75,11 @@ def fits(shape: tuple[int, int, int], kernel: tuple[int, int], padding: tuple[in
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("memory_format", BOTH, ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("special", ["ties", "nan", "infinite"])
-def test_max_pool2d_is_torchs_in_every_small_case(memory_format, special):
+@pytest.mark.parametrize("special", SPECIAL)
+def test_max_pool2d_is_torchs_in_small_cases(memory_format, special):
     cases = 0
-    for shape, window in itertools.product(SHAPES, WINDOWS):
+    # Every case once: a third of them with each kind of numbers.
+    for shape, window in itertools.islice(itertools.product(SHAPES, WINDOWS), SPECIAL.index(special), None, 3):
         *params, ceil_mode = window
         if not fits(shape, params[0], params[2], params[3]):
             continue
@@ -112,7 +114,7 @@ def test_max_pool2d_is_torchs_in_every_small_case(memory_format, special):
         assert grad.stride() == their_grad.stride(), what
         assert guard_is_untouched(x)
         assert guard_is_untouched(g)
-    assert cases > 400
+    assert cases > 250
 
 
 @pytest.mark.sanitize
@@ -128,7 +130,7 @@ def test_a_window_without_elements_is_safe(memory_format):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("memory_format", BOTH, ids=["nchw", "nhwc"])
-def test_avg_pool2d_is_torchs_in_every_small_case(memory_format):
+def test_avg_pool2d_is_torchs_in_small_cases(memory_format):
     options = itertools.cycle([(True, None), (False, None), (True, 7), (False, -3)])
     for shape, (kernel, stride, padding, dilation, ceil_mode) in itertools.product(SHAPES, WINDOWS):
         if dilation != (1, 1) or not fits(shape, kernel, padding, dilation):

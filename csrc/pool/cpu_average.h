@@ -62,8 +62,8 @@ void average_nhwc(const AverageProblem& p, const ColumnDivisors<acc_t<T>>& divis
   const int64_t rows = p.rows.positions, columns = p.columns.positions;
   const int64_t window = ceil_div(p.rows.size, rows) * ceil_div(p.columns.size, columns);
   parallel_for(0, p.n * rows * columns, grain_for(p.c * window), [&](int64_t begin, int64_t end) {
+    int64_t q = begin % columns, i = begin / columns % rows, image = begin / columns / rows;
     for (int64_t pixel = begin; pixel < end; ++pixel) {
-      const int64_t q = pixel % columns, i = pixel / columns % rows, image = pixel / columns / rows;
       const int64_t first_row = image * p.rows.size + p.rows.begin[i];
       const WindowPixels<T> pixels{x + (first_row * p.columns.size + p.columns.begin[q]) * p.c,
                                    p.rows.end[i] - p.rows.begin[i],
@@ -78,6 +78,9 @@ void average_nhwc(const AverageProblem& p, const ColumnDivisors<acc_t<T>>& divis
         if (p.c >= kLane) simd::store<T>(target, sum.value / divisor);
         else simd::store_first<T>(target, sum.value / divisor, p.c);
       });
+      if (++q < columns) continue;
+      q = 0;
+      if (++i == rows) i = 0, ++image;
     }
   });
 }

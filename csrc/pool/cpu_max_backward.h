@@ -1,73 +1,124 @@
 // The gradient of max pooling, gathered: every input element looks at the windows that cover it and adds the gradients
 // of those whose offset names it. No atomics, a fixed order, every element written once.
 //
-// NCHW: a row of input gradient is summed in phases (cpu_phase_row.h). NHWC: lanes are channels.
+// NCHW: windows of two or three columns with stride 2 are summed in registers, others in phases (cpu_phase_row.h).
+// NHWC: lanes are channels; where windows do not overlap, each is read once and written to all of its pixels.
 #pragma once
 
 #include "pool/cpu_phase_row.h"
+#include "pool/cpu_tap_table.h"
 #include "pool/cpu_windows.h"
 
 namespace fastconv {
 namespace {
 
-/// For every input position along one axis, the (output position, tap) pairs that read it, taps ascending.
-class TapTable {
- public:
-  TapTable(int64_t size, int64_t positions, int64_t window, int64_t stride, int64_t padding, int64_t dilation)
-      : start_((size + 2) * kWord), output_(positions * window * kWord), tap_(positions * window * kWord) {
-    int64_t* start = start_.as<int64_t>();
-    for (int64_t i = 0; i < size + 2; ++i) start[i] = 0;
-    const auto for_each_pair = [&](const auto& body) {
-      for (int64_t tap = 0; tap < window; ++tap)
-        for (int64_t output = 0; output < positions; ++output) {
-          const int64_t position = output * stride - padding + tap * dilation;
-          if (position >= 0 && position < size) body(position, output, tap);
-        }
-    };
-    for_each_pair([&](int64_t position, int64_t, int64_t) { ++start[position + 2]; });
-    for (int64_t i = 2; i < size + 2; ++i) start[i] += start[i - 1];
-    // Filling moves start[position + 1] from the list's beginning to its end, which is the next list's beginning.
-    for_each_pair([&](int64_t position, int64_t output, int64_t tap) {
-      const int64_t slot = start[position + 1]++;
-      output_.as<int64_t>()[slot] = output;
-      tap_.as<int64_t>()[slot] = tap;
-    });
+/// Gradients and offsets, and how to read lanes of them: a gradient where the offset is a given tap, else zero.
+template <class T, class Offset>
+struct Winners {
+  using Acc = acc_t<T>;
+  using Vec = simd::Vec<Acc>;
+  static constexpr int64_t kLane = simd::kLanes<Acc>;
+  const T* grad;
+  const Offset* offsets;
+  int64_t total;  // elements of each
+
+  struct Lanes {
+    Vec grad;
+    Offsets<Acc> offset;
+    FASTCONV_INLINE Vec of_tap(int64_t tap) const {
+      return offset == broadcast_offset<Acc>(tap) ? grad : simd::zero<Acc>();
+    }
+  };
+
+  FASTCONV_INLINE Lanes whole(int64_t index) const {
+    return {simd::load(grad + index), load_offsets<Acc>(offsets + index)};
   }
-
-  FASTCONV_INLINE int64_t begin(int64_t position) const { return start_.as<int64_t>()[position]; }
-  FASTCONV_INLINE int64_t end(int64_t position) const { return start_.as<int64_t>()[position + 1]; }
-  FASTCONV_INLINE int64_t output(int64_t slot) const { return output_.as<int64_t>()[slot]; }
-  FASTCONV_INLINE int64_t tap(int64_t slot) const { return tap_.as<int64_t>()[slot]; }
-
- private:
-  static constexpr int64_t kWord = sizeof(int64_t);
-  Scratch start_, output_, tap_;
+  /// The first `live` lanes, live <= kLane, perhaps none. The others carry no gradient, so their offsets do not matter.
+  FASTCONV_INLINE Lanes first(int64_t index, int64_t live) const {
+    if (live >= kLane) return whole(index);
+    if (live <= 0) return {simd::zero<Acc>(), Offsets<Acc>{}};
+    return {simd::load_first(grad + index, live), index + kLane <= total
+                                                      ? load_offsets<Acc>(offsets + index)
+                                                      : load_first_offsets<Acc>(offsets + index, live)};
+  }
 };
 
 // ---------------------------------------------------------------- NCHW
 
-template <class T, class Offset>
-void max_backward_nchw(const PoolProblem& p, const T* grad, const Offset* offsets, T* grad_input) {
+/// Stride 2: padded columns 2j and 2j + 1 are one lane of two vectors, so all taps of a block are sums in registers.
+///
+/// kPad 0: the even column 2j is tap 0 of window j and tap 2 of window j - 1, the odd one is tap 1 of window j.
+/// kPad 1: a block starts with the odd column 2j + 1, which is tap 1 of window j; next is tap 0 of j + 1 and tap 2 of
+/// j.
+template <int kTaps, int kPad, class T, class Offset>
+FASTCONV_INLINE void backward_block(const Winners<T, Offset>& winners, int64_t row, int64_t columns, int64_t j,
+                                    int64_t tap, simd::Vec<acc_t<T>>& left, simd::Vec<acc_t<T>>& right) {
+  using Acc = acc_t<T>;
+  const int64_t live = columns - j;
+  const auto here = winners.first(row + j, live);
+  if constexpr (kPad == 0) {
+    left += here.of_tap(tap);
+    right += here.of_tap(tap + 1);
+    if constexpr (kTaps == 3) {
+      if (j > 0) left += winners.first(row + j - 1, live + 1).of_tap(tap + 2);
+      else left += shift_in_zero<Acc>(here.of_tap(tap + 2));
+    }
+  } else {
+    left += here.of_tap(tap + 1);
+    right += winners.first(row + j + 1, live - 1).of_tap(tap);
+    if constexpr (kTaps == 3) right += here.of_tap(tap + 2);
+  }
+}
+
+template <int kTaps, int kPad, class T, class Offset>
+void max_backward_step2(const PoolProblem& p, const Winners<T, Offset>& winners, T* grad_input) {
   using Acc = acc_t<T>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
-  const int64_t rows = p.p(), columns = p.q(), planes = p.n * p.c, total = planes * rows * columns;
+  const int64_t rows = p.p(), columns = p.q();
   const TapTable row_taps(p.h, rows, p.r, p.stride.h, p.padding.h, p.dilation.h);
-  parallel_for(0, planes * p.h, grain_for(p.w * 4), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.n * p.c * p.h, grain_for(p.w * 2), [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin, plane = begin / p.h, h = begin % p.h; line < end; ++line) {
+      T* target = grad_input + line * p.w;
+      const int64_t room = (end - line) * p.w;
+      for (int64_t w = 0; w < p.w; w += 2 * kLane) {
+        auto left = simd::zero<Acc>(), right = simd::zero<Acc>();
+        for (int64_t slot = row_taps.begin(h); slot < row_taps.end(h); ++slot)
+          backward_block<kTaps, kPad>(winners, (plane * rows + row_taps.output(slot)) * columns, columns, w / 2,
+                                      row_taps.tap(slot) * kTaps, left, right);
+        const auto low = interleave_low<Acc>(left, right), high = interleave_high<Acc>(left, right);
+        if (w + 2 * kLane <= room) {
+          // What spills over the row's end is written again with the next row.
+          simd::store<T>(target + w, low);
+          simd::store<T>(target + w + kLane, high);
+        } else {
+          const int64_t live = p.w - w;
+          simd::store_first<T>(target + w, low, min_of(kLane, live));
+          if (live > kLane) simd::store_first<T>(target + w + kLane, high, min_of(kLane, live - kLane));
+        }
+      }
+      if (++h == p.h) h = 0, ++plane;
+    }
+  });
+}
+
+/// Any stride and dilation.
+template <class T, class Offset>
+void max_backward_phases(const PoolProblem& p, const Winners<T, Offset>& winners, T* grad_input) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  const int64_t rows = p.p(), columns = p.q();
+  const TapTable row_taps(p.h, rows, p.r, p.stride.h, p.padding.h, p.dilation.h);
+  parallel_for(0, p.n * p.c * p.h, grain_for(p.w * 4), [&](int64_t begin, int64_t end) {
     const PhaseRow<Acc> sums(p);
     for (int64_t line = begin, plane = begin / p.h, h = begin % p.h; line < end; ++line) {
       sums.clear(p);
       for (int64_t slot = row_taps.begin(h); slot < row_taps.end(h); ++slot) {
-        const int64_t base = (plane * rows + row_taps.output(slot)) * columns;
+        const int64_t row = (plane * rows + row_taps.output(slot)) * columns;
         for (int64_t q = 0; q < columns; q += kLane) {
-          const int64_t index = base + q, live = min_of(kLane, columns - q);
-          // Dead lanes carry a zero gradient, so what offset they read does not matter.
-          const auto g = live == kLane ? simd::load(grad + index) : simd::load_first(grad + index, live);
-          const auto o = index + kLane <= total ? load_offsets<Acc>(offsets + index)
-                                                : load_first_offsets<Acc>(offsets + index, live);
+          const auto lanes = winners.first(row + q, columns - q);
           for (int64_t s = 0; s < p.s; ++s) {
             Acc* target = sums.tap(p, s) + q;
-            const auto wins = o == broadcast_offset<Acc>(row_taps.tap(slot) * p.s + s);
-            simd::store<Acc>(target, simd::load(target) + (wins ? g : simd::zero<Acc>()));
+            simd::store<Acc>(target, simd::load(target) + lanes.of_tap(row_taps.tap(slot) * p.s + s));
           }
         }
       }
@@ -77,60 +128,97 @@ void max_backward_nchw(const PoolProblem& p, const T* grad, const Offset* offset
   });
 }
 
+template <class T, class Offset>
+void max_backward_nchw(const PoolProblem& p, const Winners<T, Offset>& winners, T* grad_input) {
+  if (p.stride.w == 2 && p.dilation.w == 1 && p.s == 2) {
+    if (p.padding.w == 0) return max_backward_step2<2, 0>(p, winners, grad_input);
+    return max_backward_step2<2, 1>(p, winners, grad_input);
+  }
+  if (p.stride.w == 2 && p.dilation.w == 1 && p.s == 3) {
+    if (p.padding.w == 0) return max_backward_step2<3, 0>(p, winners, grad_input);
+    return max_backward_step2<3, 1>(p, winners, grad_input);
+  }
+  max_backward_phases(p, winners, grad_input);
+}
+
 // ---------------------------------------------------------------- NHWC
 
-template <class T, class Offset>
-struct MaxBackwardPixel {
-  const PoolProblem& p;
-  const TapTable &row_taps, &column_taps;
-  const T* grad;
-  const Offset* offsets;
-  int64_t columns;
-
-  /// kVectors vectors of channels of input pixel (h, w); `image` is the image's first output row.
-  template <int kVectors>
-  FASTCONV_INLINE void sum(int64_t image, int64_t h, int64_t w, int64_t channel, int64_t live, T* target) const {
-    using Acc = acc_t<T>;
-    constexpr int64_t kLane = simd::kLanes<Acc>;
-    simd::Vec<Acc> sums[kVectors] = {};
-    for (int64_t a = row_taps.begin(h); a < row_taps.end(h); ++a)
-      for (int64_t b = column_taps.begin(w); b < column_taps.end(w); ++b) {
-        const int64_t index = ((image + row_taps.output(a)) * columns + column_taps.output(b)) * p.c + channel;
-        const auto tap = broadcast_offset<Acc>(row_taps.tap(a) * p.s + column_taps.tap(b));
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          const auto g = live >= kLane ? simd::load(grad + index + v * kLane) : simd::load_first(grad + index, live);
-          const auto o = live >= kLane ? load_offsets<Acc>(offsets + index + v * kLane)
-                                       : load_first_offsets<Acc>(offsets + index, live);
-          sums[v] += o == tap ? g : simd::zero<Acc>();
-        }
-      }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      if (live >= kLane) simd::store<T>(target + channel + v * kLane, sums[v]);
-      else simd::store_first<T>(target + channel, sums[v], live);
-    }
-  }
+/// A window that covers a pixel: where its channels start, and which of its taps the pixel is.
+struct Covering {
+  int64_t index, tap;
 };
 
 template <class T, class Offset>
-void max_backward_nhwc(const PoolProblem& p, const T* grad, const Offset* offsets, T* grad_input) {
-  constexpr int64_t kLane = simd::kLanes<acc_t<T>>;
-  const int64_t rows = p.p();
+void max_backward_nhwc(const PoolProblem& p, const Winners<T, Offset>& winners, T* grad_input) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  const int64_t rows = p.p(), columns = p.q();
   const TapTable row_taps(p.h, rows, p.r, p.stride.h, p.padding.h, p.dilation.h);
-  const TapTable column_taps(p.w, p.q(), p.s, p.stride.w, p.padding.w, p.dilation.w);
-  const MaxBackwardPixel<T, Offset> pixel{p, row_taps, column_taps, grad, offsets, p.q()};
+  const TapTable column_taps(p.w, columns, p.s, p.stride.w, p.padding.w, p.dilation.w);
+  const int64_t most = row_taps.most() * column_taps.most();
   parallel_for(0, p.n * p.h, grain_for(p.w * p.c * 4), [&](int64_t begin, int64_t end) {
+    Scratch list(most * static_cast<int64_t>(sizeof(Covering)));
+    Covering* coverings = list.as<Covering>();
     for (int64_t line = begin; line < end; ++line) {
       const int64_t image = line / p.h * rows, h = line % p.h;
       for (int64_t w = 0; w < p.w; ++w) {
+        int64_t count = 0;
+        for (int64_t a = row_taps.begin(h); a < row_taps.end(h); ++a)
+          for (int64_t b = column_taps.begin(w); b < column_taps.end(w); ++b)
+            coverings[count++] = {((image + row_taps.output(a)) * columns + column_taps.output(b)) * p.c,
+                                  row_taps.tap(a) * p.s + column_taps.tap(b)};
         T* target = grad_input + (line * p.w + w) * p.c;
         int64_t c = 0;
-        for (; c + 4 * kLane <= p.c; c += 4 * kLane) pixel.template sum<4>(image, h, w, c, kLane, target);
-        for (; c + kLane <= p.c; c += kLane) pixel.template sum<1>(image, h, w, c, kLane, target);
-        if (c == p.c) continue;
-        if (p.c >= kLane) pixel.template sum<1>(image, h, w, p.c - kLane, kLane, target);
-        else pixel.template sum<1>(image, h, w, 0, p.c, target);
+        for (; c + 2 * kLane <= p.c; c += 2 * kLane) {
+          auto sum = simd::zero<Acc>(), next = simd::zero<Acc>();
+          for (int64_t i = 0; i < count; ++i) {
+            sum += winners.whole(coverings[i].index + c).of_tap(coverings[i].tap);
+            next += winners.whole(coverings[i].index + c + kLane).of_tap(coverings[i].tap);
+          }
+          simd::store<T>(target + c, sum);
+          simd::store<T>(target + c + kLane, next);
+        }
+        for (; c < p.c; c += kLane) {
+          const int64_t live = min_of(kLane, p.c - c);
+          auto sum = simd::zero<Acc>();
+          for (int64_t i = 0; i < count; ++i)
+            sum += winners.first(coverings[i].index + c, live).of_tap(coverings[i].tap);
+          simd::store_first<T>(target + c, sum, live);
+        }
+      }
+    }
+  });
+}
+
+/// Windows that tile the input without overlap: each output is read once and written to all taps of its window.
+template <class T, class Offset>
+void max_backward_disjoint(const PoolProblem& p, const Winners<T, Offset>& winners, T* grad_input) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  const int64_t rows = p.p(), columns = p.q();
+  const T nothing = simd::narrow<T>(Acc(0));
+  parallel_for(0, p.n * rows, grain_for(p.w * p.c * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t image = line / rows, i = line % rows;
+      // The last row of windows also owns the rows below it that no window covers; ceil_mode may leave it fewer.
+      const int64_t first = i * p.r, last = i + 1 == rows ? p.h : first + p.r, covered = min_of(p.r, p.h - first);
+      T* block = grad_input + (image * p.h + first) * p.w * p.c;
+      for (int64_t q = 0; q < columns; ++q) {
+        const int64_t index = (line * columns + q) * p.c, taps = min_of(p.s, p.w - q * p.s);
+        for (int64_t c = 0; c < p.c; c += kLane) {
+          const int64_t live = min_of(kLane, p.c - c);
+          const auto lanes = winners.first(index + c, live);
+          for (int64_t r = 0; r < covered; ++r)
+            for (int64_t s = 0; s < taps; ++s) {
+              T* target = block + (r * p.w + q * p.s + s) * p.c + c;
+              if (live == kLane) simd::store<T>(target, lanes.of_tap(r * p.s + s));
+              else simd::store_first<T>(target, lanes.of_tap(r * p.s + s), live);
+            }
+        }
+      }
+      for (int64_t r = 0; r < last - first; ++r) {
+        const int64_t begin_column = r < covered ? min_of(p.w, columns * p.s) : 0;
+        for (int64_t e = begin_column * p.c; e < p.w * p.c; ++e) block[r * p.w * p.c + e] = nothing;
       }
     }
   });
@@ -138,8 +226,12 @@ void max_backward_nhwc(const PoolProblem& p, const T* grad, const Offset* offset
 
 template <class T, class Offset>
 void max_backward(const PoolProblem& p, const T* grad, const Offset* offsets, T* grad_input) {
-  if (p.layout == Layout::nchw) max_backward_nchw(p, grad, offsets, grad_input);
-  else max_backward_nhwc(p, grad, offsets, grad_input);
+  const Winners<T, Offset> winners{grad, offsets, p.n * p.c * p.p() * p.q()};
+  if (p.layout == Layout::nchw) return max_backward_nchw(p, winners, grad_input);
+  const bool disjoint = p.r == p.stride.h && p.s == p.stride.w && p.dilation.h == 1 && p.dilation.w == 1 &&
+                        p.padding.h == 0 && p.padding.w == 0;
+  if (disjoint) max_backward_disjoint(p, winners, grad_input);
+  else max_backward_nhwc(p, winners, grad_input);
 }
 
 }  // namespace

@@ -25,6 +25,8 @@ struct TapRange {
   int64_t begin, end;
 };
 FASTCONV_INLINE TapRange taps_inside(int64_t start, int64_t size, int64_t window, int64_t dilation) {
+  // Most windows are inside altogether; the others pay for a division or two.
+  if (start >= 0 && start + (window - 1) * dilation < size) return {0, window};
   const int64_t begin = start >= 0 ? 0 : ceil_div(-start, dilation);
   const int64_t end = start >= size ? 0 : min_of(window, ceil_div(size - start, dilation));
   return {begin, max_of(begin, end)};
@@ -137,10 +139,12 @@ void walk_nchw(const PoolProblem& p, const T* x, const Sink& sink) {
         if (column >= 0 && last_live < p.w && reach <= x_end - first) {
           reduction.start(broadcast_offset<Acc>(window.tap));
         } else {
-          reduction.start(first_taps<Acc>(p, q, window.tap));
+          const auto firsts = first_taps<Acc>(p, q, window.tap);
+          reduction.start(kStep == 2 ? unpair(firsts) : firsts);
           window = staging.fill(p, window, column, identity);
         }
         reduce_rows<kStep, kTaps>(p, window, reduction);
+        if constexpr (kStep == 2) reduction.reorder();
         sink.put(reduction, index, live, i, q, index + kLane <= out_end);
       }
       if (++i == rows) i = 0, ++plane;
@@ -207,8 +211,8 @@ void walk_nhwc(const PoolProblem& p, const T* x, const Sink& sink) {
   constexpr int64_t kLane = simd::kLanes<acc_t<T>>;
   const int64_t rows = p.p(), columns = p.q();
   parallel_for(0, p.n * rows * columns, grain_for(p.c * p.r * p.s), [&](int64_t begin, int64_t end) {
+    int64_t q = begin % columns, i = begin / columns % rows, image = begin / columns / rows;
     for (int64_t pixel = begin; pixel < end; ++pixel) {
-      const int64_t q = pixel % columns, i = pixel / columns % rows, image = pixel / columns / rows;
       const int64_t row = i * p.stride.h - p.padding.h, column = q * p.stride.w - p.padding.w;
       const TapRange r = taps_inside(row, p.h, p.r, p.dilation.h), s = taps_inside(column, p.w, p.s, p.dilation.w);
       const int64_t first_row = row + r.begin * p.dilation.h, first_column = column + s.begin * p.dilation.w;
@@ -222,6 +226,9 @@ void walk_nhwc(const PoolProblem& p, const T* x, const Sink& sink) {
       reduce_pixel<Reduction>(window, p.c, [&](const Reduction& reduction, int64_t channel) {
         sink.put(reduction, pixel * p.c + channel, min_of(kLane, p.c), i, q, p.c >= kLane);
       });
+      if (++q < columns) continue;
+      q = 0;
+      if (++i == rows) i = 0, ++image;
     }
   });
 }

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastconv._library import ops
+from fastconv.ops._apply import apply
 from fastconv.ops._autograd import call_raw, empty_like_format, fold, needs_function, suggested_format, tracing
 
 
@@ -38,7 +39,7 @@ def _call(op: Any, function: Any, tensors: tuple[Tensor, ...], *params: Any) -> 
     if tracing():
         result: Tensor = op(*tensors, *params)
     elif needs_function(*tensors):
-        result = function.apply(*tensors, *params)
+        result = apply(function, *tensors, *params)
     else:
         result = call_raw(op, *tensors, *params)
     return result

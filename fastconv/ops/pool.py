@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastconv._library import ops
+from fastconv.ops._apply import apply
 from fastconv.ops._autograd import (
     call_raw,
     empty_like_format,
@@ -50,7 +51,7 @@ def max_pool2d(
             return ops.max_pool2d.default(input, *window, ceil_mode)
         output, offsets = ops.max_pool2d_with_offsets.default(input, *window, ceil_mode)
     elif needs_function(input):
-        output, offsets = MaxPool2d.apply(input, *window, ceil_mode)  # type: ignore[no-untyped-call]
+        output, offsets = apply(MaxPool2d, input, *window, ceil_mode)
     elif return_indices:
         output, offsets = call_raw(ops.max_pool2d_with_offsets.default, input, *window, ceil_mode)
     else:
@@ -100,7 +101,7 @@ def _call(op: Any, function: Any, tensor: Tensor, *args: Any) -> Tensor:
     if tracing():
         result: Tensor = op(tensor, *args)
     elif needs_function(tensor):
-        result = function.apply(tensor, *args)
+        result = apply(function, tensor, *args)
     else:
         result = call_raw(op, tensor, *args)
     return result
@@ -139,7 +140,7 @@ class MaxPool2d(torch.autograd.Function):
         kernel, stride, padding, dilation, ceil_mode = args
         folded = fold(input, in_dims[0], 0, info.batch_size)
         if needs_function(folded):
-            both = MaxPool2d.apply(folded, *args)  # type: ignore[no-untyped-call]
+            both = apply(MaxPool2d, folded, *args)
         else:
             both = call_raw(ops.max_pool2d_with_offsets.default, folded, kernel, stride, padding, dilation, ceil_mode)
         return tuple(part.unflatten(0, (info.batch_size, -1)) for part in both), (0, 0)
