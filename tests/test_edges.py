@@ -208,3 +208,14 @@ def test_results_own_their_memory_and_touch_no_other():
             assert result.untyped_storage().data_ptr() != input.untyped_storage().data_ptr()
     assert torch.equal(storage.nan_to_num(), before.nan_to_num())
     assert storage[:GUARD].isnan().all()
+
+
+@pytest.mark.sanitize
+def test_windows_that_see_padding_only(dtype, memory_format):
+    """A dilated window may step over the image: minus infinity, and no gradient. (torch 2.13 writes outside.)"""
+    image = guarded(torch.randn(1, 9, 1, 4).to(dtype).to(memory_format=memory_format)).requires_grad_()
+    output = functional.max_pool2d(image, (2, 2), (1, 1), (1, 0), (2, 1), ceil_mode=True)
+    assert output.shape == (1, 9, 1, 3)
+    assert (output == float("-inf")).all()
+    [grad] = torch.autograd.grad(output.sum(), image)
+    assert torch.equal(grad, torch.zeros_like(grad))
