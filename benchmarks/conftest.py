@@ -30,6 +30,8 @@ QUICK_FLOPS = 3e9  # no single call above this in the quick run
 Measure = Callable[..., Row]
 ROWS = pytest.StashKey[list[Row]]()
 NOTES = pytest.StashKey[list[str]]()
+LOAD = pytest.StashKey[float]()  # of other processes, when the run began
+BUSY = 0.7
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS], config.stash[NOTES] = [], []
+    config.stash[LOAD] = measure.other_load(own_threads=0)
     try:
         device = torch.device(config.getoption("--device"))
     except RuntimeError as error:
@@ -91,8 +94,8 @@ def ceilings(request: pytest.FixtureRequest, device: torch.device, dtype: torch.
     quick = request.config.getoption("--quick")
     found = measure.measure_ceilings(device, dtype, 0.5 if quick else 3)
     request.config.stash[NOTES].append(
-        f"Roofline ceilings are proxies measured in the same run: torch.mm for FLOPs, copy_ for bytes "
-        f"({found.flops_per_second / found.bytes_per_second:.0f} FLOPs per byte where they meet); data that stay in a "
+        "Roofline ceilings are proxies measured in the same run: the best of torch.mm and 3x3 convolutions for FLOPs, "
+        f"copy_ for bytes ({found.flops_per_second / found.bytes_per_second:.0f} FLOPs per byte where they meet); data that stay in a "
         "cache can pass 100 %"
     )
     return found
@@ -176,6 +179,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows, notes = config.stash[ROWS], config.stash[NOTES]
     if not rows:
         return
+    load = max(config.stash[LOAD], measure.other_load(torch.get_num_threads()))
+    if load > BUSY:
+        notes.append(
+            f"The machine was busy with other work (load {load:.1f}). That hits the side that joins its threads more "
+            "often, so these ratios say little: measure again on a quiet machine"
+        )
     write = terminalreporter.write_line
     terminalreporter.section("fastconv against torch: our time / torch's time")
     for line in report.plain_table(report.HEADINGS, [report.layer_cells(row) for row in rows]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+from fastconv.ops.conv2d import conv2d
 
 Call = Callable[[], Any]
 MIN_ROUNDS, MAX_ROUNDS = 5, 500
@@ -87,7 +91,7 @@ def take_turns(benchmark: Any, clock: Clock, ours: Call, theirs: Call, budget_se
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the roofline is made of. Proxies: the rate of torch's matrix product and of ``copy_``, each at its best."""
+    """What the roofline is made of, by proxies: the best rate of some products and convolutions, and ``copy_``'s."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -97,19 +101,42 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds_each: float) -> Ceilings:
-    """On the CPU 16-bit kernels multiply in float32, so there the ceiling is float32's."""
+    """On the CPU 16-bit kernels multiply in float32, so there the ceiling is float32's.
+
+    No single call is a safe proxy of the arithmetic: on some processors torch's matrix product reaches half of what its
+    convolution does.
+    """
     clock = clock_of(device)
     cuda = device.type == "cuda"
     size = 8192 if cuda else 1024
     factor_dtype = dtype if cuda or dtype == torch.float64 else torch.float32
     left, right = (torch.randn(size, size, device=device, dtype=factor_dtype) for _ in range(2))
     product = torch.empty_like(left)
+    images, weight = (
+        torch.randn(shape, device=device, dtype=factor_dtype) for shape in ((2, 256, 56, 56), (256, 256, 3, 3))
+    )
+    params: Any = (None, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    convolution_flops = 2 * 2 * 56 * 56 * 256 * 256 * 9
+    calls: list[tuple[int, Call]] = [
+        (2 * size**3, lambda: torch.mm(left, right, out=product)),
+        (convolution_flops, lambda: torch.nn.functional.conv2d(images, weight, padding=1)),
+    ]
+    if not cuda:
+        calls.append((convolution_flops, lambda: conv2d(images, weight, *params)))
     source = torch.ones(1 << (28 if cuda else 25), device=device)  # larger than any cache
     target = torch.empty_like(source)
     return Ceilings(
-        2 * size**3 / _best(clock, lambda: torch.mm(left, right, out=product), seconds_each),
+        max(flops / _best(clock, call, seconds_each / len(calls)) for flops, call in calls),
         2 * source.numel() * source.element_size() / _best(clock, lambda: target.copy_(source), seconds_each),
     )
+
+
+def other_load(own_threads: int) -> float:
+    """Threads of other processes that want a core, about, over the last minute; NaN where the system does not say."""
+    try:
+        return max(os.getloadavg()[0] - own_threads, 0)
+    except (AttributeError, OSError):
+        return math.nan
 
 
 def _best(clock: Clock, call: Call, budget_seconds: float) -> float:

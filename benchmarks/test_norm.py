@@ -23,10 +23,10 @@ class Norm:
     size: int
     family: str = "lrn"
 
-    def elements(self, batch: int) -> int:
+    def elements(self, batch: int = 1) -> int:
         return 2 * batch * self.channels * self.size**2
 
-    def flops(self, batch: int) -> int:
+    def flops(self, batch: int = 1) -> int:
         """The squares and their sums."""
         return batch * self.channels * self.size**2 * 2 * PARAMS[0]
 
