@@ -93,10 +93,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def ceilings(request: pytest.FixtureRequest, device: torch.device, dtype: torch.dtype) -> measure.Ceilings:
     quick = request.config.getoption("--quick")
     found = measure.measure_ceilings(device, dtype, 0.5 if quick else 3)
+    knee = found.flops_per_second / found.bytes_per_second
     request.config.stash[NOTES].append(
         "Roofline ceilings are proxies measured in the same run: the best of torch.mm and 3x3 convolutions for FLOPs, "
-        f"copy_ for bytes ({found.flops_per_second / found.bytes_per_second:.0f} FLOPs per byte where they meet); data that stay in a "
-        "cache can pass 100 %"
+        f"copy_ for bytes ({knee:.0f} FLOPs per byte where they meet); data that stay in a cache can pass 100 %"
     )
     return found
 

@@ -221,6 +221,7 @@ def test_the_described_tile_is_the_kernels_tile():
         assert found == (rows, vectors, vector_bytes), isa
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")
 def test_can_run_gives_functionals_own_reasons():
     x, weight = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)
     assert backends.can_run("conv2d", x, weight) is None
