@@ -220,7 +220,10 @@ Tensor conv2d_bias_grad(const Tensor& grad_output) {
   const Tensor grad = dense(grad_output, layout);
   const int64_t k = grad.size(1);
   Tensor grad_bias = torch::stable::new_empty(grad, {&k, 1});
-  if (k == 0) return grad_bias;
+  if (grad.numel() == 0) {
+    torch::stable::zero_(grad_bias);
+    return grad_bias;
+  }
   count_call(Kernel::conv2d_bias_grad);
   conv2d_kernels()->bias_grad(grad.const_data_ptr(), grad_bias.mutable_data_ptr(), grad.size(0), k,
                               grad.size(2) * grad.size(3), layout, dtype_of(op, grad));
