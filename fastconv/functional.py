@@ -252,6 +252,8 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
         return _by_torch(  # type: ignore[no-any-return]
             "local_response_norm", _torch_local_response_norm, refusal, input, size, alpha, beta, k
         )
+    if input.dim() >= 4 and input.element_size() == 2 and _autocast(input) is not None:
+        input = input.float()  # torch averages planes with avg_pool3d, which autocast runs in float32
     if input.dim() == 4:
         return _norm.local_response_norm(input, size, float(alpha), float(beta), float(k))
     # Only the channels are looked across: any further dimensions are one plane.

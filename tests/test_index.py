@@ -125,7 +125,7 @@ def test_plans_of_huge_problems():
         size = {"float32": 4, "float64": 8}.get(dtype, 2)
         assert plan["bytes"] == size * (70000 * 1000 * 1200 * (64 + 128) + 128 * 64 * 9)
     window = {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
-    pool = _C.plan_pool(shape, **window, ceil_mode=False, dtype="float32")
+    pool = _C.plan_pool("max_pool2d", shape, **window, ceil_mode=False, divisor_override=False, dtype="float32")
     assert pool["output_shape"] == (70000, 64, 500, 600)
     assert pool["bytes"] == 4 * 70000 * 64 * (1000 * 1200 + 500 * 600)
 

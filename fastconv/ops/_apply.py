@@ -13,8 +13,8 @@ _unwrap_dead_wrappers = torch._functorch.utils.unwrap_dead_wrappers
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)`` for a Function with ``setup_context`` that is given all of its arguments.
 
-    torch's own ``apply`` fills in default arguments through ``inspect.signature``, which costs more than a small pooling
-    layer; the rest of what it does is here.
+    torch's own ``apply`` fills in default arguments through ``inspect.signature``, which costs more than a small
+    pooling layer; the rest of what it does is here.
     """
     if _functorch_is_active():
         return function.apply(*args)
