@@ -152,10 +152,12 @@ def test_summary_has_geometric_means():
 
 
 def run_benchmarks(*arguments):
+    # pytest-benchmark switches itself off where it believes to be a worker of pytest-xdist.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "-q", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env={**outside, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         check=False,

@@ -136,7 +136,7 @@ DERIVED = re.compile(r"const int (\w+) = ([^;]*);")
 CONSTANT = re.compile(r"k[A-Z]\w*$")
 TYPES = {"Acc", "T", "X", "Y", "simd", "int", "int64_t", "static_cast", "sizeof"}
 # Bit patterns of 16-bit numbers, and the window offsets that are int32 by design.
-BITS = {"bits", "sign", "magnitude", "half"}
+BITS = {"bits", "sign", "magnitude", "half", "raw", "a"}  # a: the phase of a stride of 2, 0 or 1
 # Positions in a register tile: fields and parameters that only ever hold numbers up to a tile's width.
 IN_TILE = {"lane", "length", "run_count"}
 
