@@ -69,7 +69,8 @@ def test_the_variable_is_obeyed_by_both_libraries(isa):
 def test_instruction_sets_run_code_of_their_own():
     """The generic build rounds every product, the others fuse it with the sum: last bits of long sums must differ."""
     script = (
-        "import torch, fastconv, hashlib; torch.manual_seed(0); x, w = torch.randn(1, 64, 9, 9), torch.randn(32, 64, 3, 3);"
+        "import torch, fastconv, hashlib; torch.manual_seed(0);"
+        "x, w = torch.randn(1, 64, 9, 9), torch.randn(32, 64, 3, 3);"
         "ours = fastconv.functional.conv2d(x, w); exact = torch.nn.functional.conv2d(x.double(), w.double());"
         "assert (ours - exact).abs().max() < 1e-4; print(hashlib.sha256(ours.numpy().tobytes()).hexdigest())"
     )
