@@ -20,6 +20,20 @@ FASTCONV_INLINE int64_t table_width(const DepthwisePass& pass) {
   return (round_up(pass.grid.w, kTileColumns) - 1) * pass.step.w + pass.column_reach.last - pass.column_reach.first + 1;
 }
 
+/// Fetches what the next tile is the first to read: the last rows of its window, upwards from `table`. Within a tile,
+/// pixels alternate every few instructions, and prefetchers of CPUs lose the thread where pixels are several cache
+/// lines wide.
+template <class X>
+FASTCONV_INLINE void prefetch_tile(const X* const* table, int64_t width, int64_t rows, int64_t columns,
+                                   int64_t channels, const X* zeros) {
+  constexpr int64_t kLine = 64 / sizeof(X);
+  for (int64_t r = 0; r < rows; ++r, table -= width)
+    for (int64_t e = 0; e < columns; ++e) {
+      if (table[e] == zeros) continue;
+      for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(table[e] + c);
+    }
+}
+
 /// A part of one image: grid rows [begin, end), filters [c_begin, c_end), all phases.
 struct ChannelPart {
   int64_t begin, end, c_begin, c_end;
@@ -36,6 +50,8 @@ void convolve_part(const DepthwisePass& pass, const ChannelImage<X>& image, cons
   const int64_t first_column = pass.column_reach.first, width = table_width(pass);
   const int64_t x_rows = (part.end - 1 - part.begin) * step.h + pass.row_reach.last - pass.row_reach.first + 1;
   point_at_window(image, scratch.zeros, first_row, x_rows, first_column, width, scratch.table);
+  const int64_t pixel_bytes = (part.c_end - part.c_begin) * static_cast<int64_t>(sizeof(X));
+  const bool streams = pixel_bytes >= 256 && pixel_bytes * image.size.w * pass.kernel.h > 32 * 1024;
   ChannelTile<X, Y> tile{};
   tile.step = step.w;
   tile.y_column = phases.w * filters;
@@ -50,7 +66,11 @@ void convolve_part(const DepthwisePass& pass, const ChannelImage<X>& image, cons
     tile.tap_rows = rows.count;
     tile.x_pitch = rows.spacing * width;
     tile.weight_row = rows.tap_step * pass.kernel.w * filters;
-    for (int64_t j = 0; j < pass.grid.w; j += kTileColumns)
+    for (int64_t j = 0; j < pass.grid.w; j += kTileColumns) {
+      const int64_t next = (j + kTileColumns) * step.w;
+      if (streams && rows.count > 0 && row % phases.h == 0 && next < width)
+        prefetch_tile<X>(x_row + (rows.count - 1) * tile.x_pitch + next, width, min_of(step.h, rows.count),
+                         min_of(kTileColumns * step.w, width - next), part.c_end - part.c_begin, scratch.zeros);
       for (int64_t b = 0; b < phases.w && b + j * phases.w < size.w; ++b) {
         const AxisTaps& columns = pass.column_taps[b];
         const int64_t offset = (row * size.w + b + j * phases.w) * filters;
@@ -64,6 +84,7 @@ void convolve_part(const DepthwisePass& pass, const ChannelImage<X>& image, cons
         tile.residual = residual ? residual + offset : nullptr;
         channel_kernel<X, Y>(columns.count, columns.spacing, step.w, part.c_end - part.c_begin)(tile);
       }
+    }
   }
 }
 
@@ -84,13 +105,13 @@ struct ChannelLanesPlan {
   int64_t repeated_elements;  // of x or y, for a channel multiplier
 
   ChannelLanesPlan(const DepthwisePass& pass, int64_t lanes, int64_t element_bytes) {
-    constexpr int64_t kTaskWork = 131072;
+    constexpr int64_t kTaskWork = 262144;
     const int64_t wanted = channels_per_block(pass.kernel.h * pass.x_size.w * element_bytes);
     // With a multiplier, channels are repeated for whole rows of x at once, so one block takes them all.
     blocks = pass.filters == pass.channels ? ceil_div(pass.filters, wanted) : 1;
     block = round_up(ceil_div(pass.filters, blocks), lanes);
     blocks = ceil_div(pass.filters, block);
-    const int64_t row_work = pass.x_size.w * pass.x_planes * pass.kernel.h * pass.kernel.w * block;
+    const int64_t row_work = pass.grid.w * pass.x_planes * pass.kernel.h * pass.kernel.w * block;
     rows_per_task = min_of(pass.grid.h, max_of(1, kTaskWork / max_of(row_work, 1)));
     row_tasks = ceil_div(pass.grid.h, rows_per_task);
     const AxisReach& rows = pass.row_reach;
