@@ -123,7 +123,7 @@ def allowances(problem: Conv) -> Results:
 
     A sum of L products of random numbers, kept in the accumulator's precision u, strays by about u * sqrt(L) times the
     root of the sum of squared products (the RMS that the result would have for random signs); 4 of those are allowed,
-    which also covers the worst case of one or two products. Storing the result rounds once more, in its own precision.
+    which also covers the worst case of one or two products. Storing the result rounds once more, by half a unit at most.
     """
     _, (_, c_per_group, r, s), (n, _, p, q) = problem.shapes()
     lengths = {
@@ -138,8 +138,8 @@ def allowances(problem: Conv) -> Results:
     exact = results_by_torch(problem, torch.float64)
     return {
         name: 4 * accumulator * (lengths[name] + 1) ** 0.5 * squares[name].sqrt()
-        + storage.eps * value.abs()
-        + storage.tiny * storage.eps  # the smallest subnormal
+        + 0.5 * storage.eps * value.abs()
+        + 0.5 * storage.tiny * storage.eps  # half of the smallest subnormal
         for name, value in exact.items()
     }
 
