@@ -123,7 +123,8 @@ def allowances(problem: Conv) -> Results:
 
     A sum of L products of random numbers, kept in the accumulator's precision u, strays by about u * sqrt(L) times the
     root of the sum of squared products (the RMS that the result would have for random signs); 4 of those are allowed,
-    which also covers the worst case of one or two products. Storing the result rounds once more, by half a unit at most.
+    which also covers the worst case of one or two products. Storing the result rounds once more, by half a unit at
+    most.
     """
     _, (_, c_per_group, r, s), (n, _, p, q) = problem.shapes()
     lengths = {
