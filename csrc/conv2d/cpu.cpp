@@ -1,6 +1,7 @@
 // Host functions of the convolution ops on the CPU: check, describe the problem, select, launch.
 #include <cstring>
 #include <optional>
+#include <utility>
 
 #include "common/checks.h"
 #include "common/kernel_table.h"
@@ -134,6 +135,15 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, std::optional<Tensor> b
   return convolve("conv2d", input, weight, p, Activation::none, std::nullopt, bias, std::nullopt, algo_name(algo));
 }
 
+/// For the short way, which leaves empty tensors to the long one: torch treats them case by case.
+Tensor conv2d_eager(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList geometry,
+                    int64_t groups) {
+  require(input.numel() > 0 && weight.numel() > 0, "conv2d.eager: input or weight is empty; call conv2d");
+  require(geometry.size() == 8, "conv2d.eager: geometry has ", geometry.size(), " values, expected 8");
+  const auto part = [&](int first, int last) { return IntList(geometry.begin() + first, geometry.begin() + last); };
+  return conv2d(input, weight, std::move(bias), part(0, 2), part(2, 6), part(6, 8), groups, std::nullopt);
+}
+
 Tensor conv2d_fused(const Tensor& input, const Tensor& weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
                     std::optional<Tensor> residual, IntList stride, IntList padding, IntList dilation, int64_t groups,
                     int64_t activation, std::optional<std::string> algo) {
@@ -235,6 +245,7 @@ Tensor conv2d_bias_grad(const Tensor& grad_output) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&fastconv::conv2d));
+  m.impl("conv2d.eager", TORCH_BOX(&fastconv::conv2d_eager));
   m.impl("conv2d_fused", TORCH_BOX(&fastconv::conv2d_fused));
   m.impl("conv2d_input_grad", TORCH_BOX(&fastconv::conv2d_input_grad));
   m.impl("conv2d_weight_grad", TORCH_BOX(&fastconv::conv2d_weight_grad));

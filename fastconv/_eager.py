@@ -1,0 +1,109 @@
+"""The short way of a call, for plain eager inference: from the arguments straight to the kernel.
+
+A tiny convolution takes less time than Python takes to look at its arguments, so here they are not looked at: the
+kernel's own checks are relied on. Each function returns None for a call that must take the long way through
+:mod:`fastconv.functional`, which explains what is wrong with it or finds who can serve it. That is any call that
+something watches or alters (a gradient, a transform, a trace, a mode, autocast), and any that a kernel refuses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from fastconv._library import ops
+
+# Overloads without autograd, fakes or vmap, whose registrations in Python cost more than a small convolution.
+_conv2d = ops.conv2d.eager
+_max_pool2d = ops.max_pool2d.eager
+_avg_pool2d = ops.avg_pool2d.eager
+_adaptive_avg_pool2d = ops.adaptive_avg_pool2d.eager
+
+_TYPES = (Tensor, Parameter)  # exactly: a subclass may want to see its operators
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
+_is_tracing = torch._C._is_tracing
+
+
+def _is_plain(input: Any) -> bool:
+    """True if nothing watches or alters calls here, and ``input`` is a batch of images on the CPU."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(input) in _TYPES
+        and input.is_cpu
+        and input.dim() == 4
+        and _dispatch_modes() == 0
+        and _functorch_level() is None
+        and forward_ad._current_level < 0
+        and not _is_tracing()
+        and not (torch.is_grad_enabled() and input.requires_grad)
+    )
+
+
+def _two(value: Any) -> tuple[Any, Any] | None:
+    """``value`` as torch's layers keep it, or None. That the elements are integers is left to the operator."""
+    if type(value) is int:
+        return value, value
+    return value if type(value) is tuple and len(value) == 2 else None
+
+
+def conv2d(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> Tensor | None:
+    if not _is_plain(input) or type(weight) not in _TYPES or torch.is_autocast_enabled("cpu"):
+        return None
+    if bias is not None and type(bias) not in _TYPES:
+        return None
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
+    strides, sides, dilations = _two(stride), _two(padding), _two(dilation)
+    if strides is None or sides is None or dilations is None:
+        return None
+    try:
+        result: Tensor = _conv2d(input, weight, bias, strides + sides + sides + dilations, groups)
+    except RuntimeError:
+        return None
+    return result
+
+
+def max_pool2d(input: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any) -> Tensor | None:
+    if not _is_plain(input):
+        return None
+    taps, sides, dilations = _two(kernel), _two(padding), _two(dilation)
+    strides = taps if stride is None else _two(stride)
+    if taps is None or strides is None or sides is None or dilations is None:
+        return None
+    try:
+        result: Tensor = _max_pool2d(input, taps + strides + sides + dilations, ceil_mode)
+    except RuntimeError:
+        return None
+    return result
+
+
+def avg_pool2d(
+    input: Any, kernel: Any, stride: Any, padding: Any, ceil_mode: Any, count_include_pad: Any, divisor_override: Any
+) -> Tensor | None:
+    if not _is_plain(input) or divisor_override == 0:
+        return None
+    taps, sides = _two(kernel), _two(padding)
+    strides = taps if stride is None else _two(stride)
+    if taps is None or strides is None or sides is None:
+        return None
+    try:
+        result: Tensor = _avg_pool2d(input, taps + strides + sides, ceil_mode, count_include_pad, divisor_override)
+    except RuntimeError:
+        return None
+    return result
+
+
+def adaptive_avg_pool2d(input: Any, output_size: Any) -> Tensor | None:
+    size = _two(output_size)
+    if size is None or not _is_plain(input):
+        return None
+    try:
+        result: Tensor = _adaptive_avg_pool2d(input, size)
+    except RuntimeError:
+        return None
+    return result
