@@ -185,18 +185,10 @@ py::dict build_info() {
   info["sanitized"] = false;
 #endif
   info["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
-  // Both come from setup.py; None if it does not pass them to this extension.
-#if defined(FASTCONV_COMPILE_FLAGS)
+  // Both macros come from setup.py.
   info["flags"] = FASTCONV_COMPILE_FLAGS;
-#else
-  info["flags"] = py::none();
-#endif
-#if defined(TORCH_TARGET_VERSION)
   info["torch_target"] =
       std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
-#else
-  info["torch_target"] = py::none();
-#endif
   return info;
 }
 

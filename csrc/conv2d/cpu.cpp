@@ -140,7 +140,9 @@ Tensor conv2d_eager(const Tensor& input, const Tensor& weight, std::optional<Ten
                     int64_t groups) {
   require(input.numel() > 0 && weight.numel() > 0, "conv2d.eager: input or weight is empty; call conv2d");
   require(geometry.size() == 8, "conv2d.eager: geometry has ", geometry.size(), " values, expected 8");
-  const auto part = [&](int first, int last) { return IntList(geometry.begin() + first, geometry.begin() + last); };
+  const auto part = [&](int64_t first, int64_t last) {
+    return IntList(geometry.begin() + first, geometry.begin() + last);
+  };
   return conv2d(input, weight, std::move(bias), part(0, 2), part(2, 6), part(6, 8), groups, std::nullopt);
 }
 

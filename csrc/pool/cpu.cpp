@@ -1,5 +1,5 @@
 // Host functions of the pooling ops on the CPU: check, describe the problem, launch.
-#include <cstddef>
+#include <iterator>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -279,21 +279,21 @@ void require_filled(const Tensor& input) {
 }
 
 /// The pair at `index` of a window's numbers, which travel as one list.
-IntList pair_of(const IntList& window, std::size_t index, std::size_t pairs) {
-  require(window.size() == 2 * pairs, "fastconv: window has ", window.size(), " values, expected ", 2 * pairs);
-  return {window[2 * index], window[2 * index + 1]};
+IntList pair_of(const IntList& window, int64_t index, int64_t pairs) {
+  require(std::ssize(window) == 2 * pairs, "fastconv: window has ", window.size(), " values, expected ", 2 * pairs);
+  return {window.begin() + 2 * index, window.begin() + 2 * index + 2};
 }
 
 Tensor max_pool2d_eager(const Tensor& input, IntList window, bool ceil_mode) {
   require_filled(input);
-  const auto pair = [&](std::size_t index) { return pair_of(window, index, 4); };
+  const auto pair = [&](int64_t index) { return pair_of(window, index, 4); };
   return max_pool2d(input, pair(0), pair(1), pair(2), pair(3), ceil_mode);
 }
 
 Tensor avg_pool2d_eager(const Tensor& input, IntList window, bool ceil_mode, bool count_include_pad,
                         std::optional<int64_t> divisor_override) {
   require_filled(input);
-  const auto pair = [&](std::size_t index) { return pair_of(window, index, 3); };
+  const auto pair = [&](int64_t index) { return pair_of(window, index, 3); };
   return avg_pool2d(input, pair(0), pair(1), pair(2), ceil_mode, count_include_pad, divisor_override);
 }
 
