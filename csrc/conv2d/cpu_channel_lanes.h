@@ -183,7 +183,7 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
                         : scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
         TileCall<Acc> call{};
         call.a = rows + pixel * row_stride, call.a_stride = row_stride;
-        call.b = b, call.b_stride = kColumns, call.depth = end - begin;
+        call.b = b, call.depth = end - begin;
         call.out = tile, call.out_stride = kColumns, call.accumulate = begin > 0;
         tiles.at(live, columns)(call);
         if (last) store_channel_tile<T>(p, scratch.y_offsets + pixel, tile, group * p.m + m, live, columns);

@@ -128,7 +128,7 @@ class InputCopy {
     using Acc = acc_t<T>;
     constexpr int64_t kLane = simd::kLanes<Acc>;
     for (int64_t v = 0; v < kTileRows; v += kLane) {
-      const LaneRange<Acc> range(0, static_cast<int>(max_of(0, min_of(kLane, live - v))));
+      const LaneRange<Acc> range(0, max_of(0, min_of(kLane, live - v)));
       if (v == 0 && kTileRows <= kLane) {
         for (int64_t i = 0; i < count; ++i)
           simd::store<Acc>(target + i * kTileRows, load_range(source + i * pixel_stride, 1, range));

@@ -9,14 +9,14 @@ namespace {
 /// Lanes [begin, end) of a vector, with the masks that loading them needs.
 template <class Acc>
 struct LaneRange {
-  int begin, end;
+  int64_t begin, end;
 #if defined(FASTCONV_SIMD_AVX2)
   simd::Mask<Acc> mask;       // of the lanes
   simd::Mask<Acc> even_low;   // of source elements 0 .. kLanes-1 when every second element is taken
   simd::Mask<Acc> even_high;  // of source elements kLanes .. 2 * kLanes - 1
 #endif
 
-  LaneRange(int first, int last) : begin(first), end(last) {
+  LaneRange(int64_t first, int64_t last) : begin(first), end(last) {
 #if defined(FASTCONV_SIMD_AVX2)
     constexpr int kLane = simd::kLanes<Acc>;
     for (int i = 0; i < kLane; ++i) {
@@ -59,7 +59,7 @@ FASTCONV_INLINE simd::Vec<acc_t<T>> load_range(const T* source, int64_t step, co
   }
 #elif defined(FASTCONV_SIMD_AVX512)
   if constexpr (sizeof(T) == sizeof(Acc)) {
-    const unsigned lanes = (1u << range.end) - (1u << range.begin);
+    const uint64_t lanes = (uint64_t{1} << range.end) - (uint64_t{1} << range.begin);
     if constexpr (sizeof(T) == 4)
       if (step == 1) return (simd::Vec<Acc>)_mm512_maskz_loadu_ps((__mmask16)lanes, source);
     if constexpr (sizeof(T) == 8)
@@ -67,7 +67,7 @@ FASTCONV_INLINE simd::Vec<acc_t<T>> load_range(const T* source, int64_t step, co
   }
 #endif
   auto result = simd::zero<Acc>();
-  for (int lane = range.begin; lane < range.end; ++lane) result[lane] = simd::widen(source[lane * step]);
+  for (int64_t lane = range.begin; lane < range.end; ++lane) result[lane] = simd::widen(source[lane * step]);
   return result;
 }
 

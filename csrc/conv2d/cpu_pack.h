@@ -26,7 +26,7 @@ struct PixelRun {
 template <class Acc>
 struct PanelPixels {
   int64_t count;  // at most kTileColumns; the rest of the panel is zeros
-  int run_count;
+  int64_t run_count;
   bool y_contiguous;
   PixelRun runs[kTileColumns<Acc>];
 
@@ -71,7 +71,7 @@ class TapPlan {
 
   TapPlan(const GemmConv& p, const PanelPixels<Acc>& pixels, const Tap& tap) : step_(p.step.w * p.x_strides.w) {
     const int64_t shift = tap.dh * p.x_strides.h + tap.dw * p.x_strides.w;
-    for (int r = 0; r < pixels.run_count; ++r) {
+    for (int64_t r = 0; r < pixels.run_count; ++r) {
       const PixelRun& run = pixels.runs[r];
       if (!inside(run.row + tap.dh, p.h)) continue;
       const int64_t column = run.column + tap.dw;
@@ -79,11 +79,9 @@ class TapPlan {
       if (column < 0) begin = ceil_div(-column, p.step.w);
       if (column + (end - 1) * p.step.w >= p.w) end = column < p.w ? ceil_div(p.w - column, p.step.w) : 0;
       for (int64_t lane = run.lane + begin; lane < run.lane + end;) {
-        const int vector = static_cast<int>(lane / kLane);
-        const int64_t vector_begin = static_cast<int64_t>(vector) * kLane;
+        const int64_t vector = lane / kLane, vector_begin = vector * kLane;
         const int64_t last = min_of(run.lane + end, vector_begin + kLane);
-        pieces_[vector][piece_count_[vector]++] = {static_cast<int>(lane - vector_begin),
-                                                   static_cast<int>(last - vector_begin),
+        pieces_[vector][piece_count_[vector]++] = {lane - vector_begin, last - vector_begin,
                                                    run.x_offset + shift + (vector_begin - run.lane) * step_};
         lane = last;
       }
@@ -97,13 +95,13 @@ class TapPlan {
 
  private:
   struct Piece {
-    int begin, end;  // lanes
-    int64_t offset;  // of lane 0
+    int64_t begin, end;  // lanes
+    int64_t offset;      // of lane 0
   };
 
   void pack_vector(int v, const T* x, int64_t x_stride, int64_t channels, Acc* target, int64_t target_stride) const {
     const Piece* pieces = pieces_[v];
-    const int count = piece_count_[v];
+    const int64_t count = piece_count_[v];
     if (count == 0) {
       for (int64_t c = 0; c < channels; ++c) simd::store<Acc>(target + c * target_stride, simd::zero<Acc>());
       return;
@@ -124,7 +122,7 @@ class TapPlan {
 
   /// kStep: the step where it is known to the compiler, else 0.
   template <int kStep>
-  void pack_pieces(const Piece* pieces, int count, const T* x, int64_t x_stride, int64_t channels, Acc* target,
+  void pack_pieces(const Piece* pieces, int64_t count, const T* x, int64_t x_stride, int64_t channels, Acc* target,
                    int64_t target_stride) const {
     const int64_t step = kStep > 0 ? kStep : step_;
     const LaneRange<Acc> first(pieces[0].begin, pieces[0].end);
@@ -141,7 +139,7 @@ class TapPlan {
       if (kStep > 1) __builtin_prefetch(source + c * x_stride + kTileColumns<Acc> * step);
       simd::store<Acc>(target + c * target_stride, load_range(source + c * x_stride, step, first));
     }
-    for (int i = 1; i < count; ++i) {
+    for (int64_t i = 1; i < count; ++i) {
       const LaneRange<Acc> range(pieces[i].begin, pieces[i].end);
       const T* other = x + pieces[i].offset;
       for (int64_t c = 0; c < channels; ++c)
@@ -151,7 +149,7 @@ class TapPlan {
   }
 
   Piece pieces_[kTileVectors][kLane];
-  int piece_count_[kTileVectors] = {};
+  int64_t piece_count_[kTileVectors] = {};
   int64_t step_;
 };
 

@@ -65,7 +65,6 @@ void convolve_channel_tile(const PixelLanesJob<acc_t<T>>& job, TileCall<acc_t<T>
   using Acc = acc_t<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
   const GemmConv& p = job.p;
-  call.b_stride = kColumns;
   for (int64_t panel = 0; panel < panel_count; ++panel) {
     const PanelPixels<Acc>& pixels = scratch.pixels[panel];
     const bool direct = sizeof(T) == sizeof(Acc) && pixels.y_contiguous && pixels.count == kColumns;

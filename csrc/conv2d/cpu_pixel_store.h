@@ -68,8 +68,7 @@ void store_run(const GemmConv& p, const acc_t<T>* tile, int64_t y_offset, int64_
       const int64_t offset = (channel + row) * p.y_strides.c + y_offset + i * step;
       auto value = epilogue.apply(simd::load(tile + row * kTileColumns<Acc> + i));
       if (p.epilogue.residual)
-        value = value + load_range(static_cast<const T*>(p.epilogue.residual) + offset, step,
-                                   LaneRange<Acc>(0, static_cast<int>(live)));
+        value = value + load_range(static_cast<const T*>(p.epilogue.residual) + offset, step, LaneRange<Acc>(0, live));
       value = epilogue.activate(value);
       T* y = static_cast<T*>(p.y) + offset;
       if (step == 1 && live == kLane) simd::store<T>(y, value);
@@ -81,7 +80,7 @@ void store_run(const GemmConv& p, const acc_t<T>* tile, int64_t y_offset, int64_
 template <class T>
 void store_pixel_tile(const GemmConv& p, const PanelPixels<acc_t<T>>& pixels, const acc_t<T>* tile, int64_t channel,
                       int64_t rows) {
-  for (int r = 0; r < pixels.run_count; ++r)
+  for (int64_t r = 0; r < pixels.run_count; ++r)
     store_run<T>(p, tile + pixels.runs[r].lane, pixels.runs[r].y_offset, channel, rows, pixels.runs[r].length);
 }
 

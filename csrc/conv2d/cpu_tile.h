@@ -29,12 +29,12 @@ inline constexpr int kTileVectors = 2;
 template <class Acc>
 inline constexpr int kTileColumns = kTileVectors * simd::kLanes<Acc>;
 
-/// Where element (row, d) of a lies: a[row * a_stride + d], a[d * a_stride + row], or
+/// Where element (row, d) of a lies: a[row * a_stride + d], a[d * kTileRows + row], or
 /// a[a_row_offsets[row] + a_depth_offsets[d]].
 enum class Rows { depth_contiguous, row_contiguous, offsets };
 
-/// Where the columns of step d of b lie, side by side: at b[d * b_stride] or at b[b_offsets[d]].
-enum class Columns { strided, offsets };
+/// Where the columns of step d of b lie, side by side: at b[d * kTileColumns] or at b[b_offsets[d]].
+enum class Columns { panel, offsets };
 
 /// All distances are in elements; nothing needs to be aligned.
 template <class Acc>
@@ -44,7 +44,6 @@ struct TileCall {
   const int64_t* a_row_offsets;
   const int64_t* a_depth_offsets;
   const Acc* b;
-  int64_t b_stride;
   const int64_t* b_offsets;
   int64_t depth;
   Acc* out;
@@ -55,42 +54,94 @@ struct TileCall {
 template <class Acc>
 using TileFunction = void (*)(const TileCall<Acc>&);
 
+/// The elements of a that one step of depth needs. Twelve rows have more addresses than x86 has registers, so each
+/// order says which of them are worth one: what the compiler spills on its own goes through the FMA ports (vmovq).
+template <class Acc, int kRows, Rows kOrder>
+struct RowElements;
+
+/// Three rows share a pointer: base, base + stride, base + 2 * stride are all one addressing mode.
+template <class Acc, int kRows>
+struct RowElements<Acc, kRows, Rows::depth_contiguous> {
+  static constexpr int kShare = 3, kPointers = (kRows + kShare - 1) / kShare;
+  const Acc* pointers[kPointers];
+  int64_t stride;
+
+  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call) : stride(call.a_stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) {
+      pointers[i] = call.a + i * kShare * stride;
+      asm("" : "+r"(pointers[i]));  // else gcc sees that they are related and makes one per row again
+    }
+  }
+  FASTCONV_INLINE void seek(int64_t) {}
+  FASTCONV_INLINE Acc at(int row) const { return pointers[row / kShare][row % kShare * stride]; }
+  FASTCONV_INLINE void advance() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) ++pointers[i];
+  }
+};
+
+/// One pointer: the rows are constants in the address.
+template <class Acc, int kRows>
+struct RowElements<Acc, kRows, Rows::row_contiguous> {
+  const Acc* pointer;
+
+  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call) : pointer(call.a) {}
+  FASTCONV_INLINE void seek(int64_t) {}
+  FASTCONV_INLINE Acc at(int row) const { return pointer[row]; }
+  FASTCONV_INLINE void advance() { pointer += kTileRows; }
+};
+
+/// The first rows have a pointer each; of more than nine the others' offsets are read again at every step.
+template <class Acc, int kRows>
+struct RowElements<Acc, kRows, Rows::offsets> {
+  static constexpr int kHeld = kRows <= 9 ? kRows : 6;
+  const Acc* held[kHeld];
+  const Acc* base;
+  const int64_t* depth_offsets;
+  const volatile int64_t* row_offsets;  // volatile: not to be held in registers that do not exist
+  int64_t index = 0;
+
+  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call)
+      : base(call.a), depth_offsets(call.a_depth_offsets), row_offsets(call.a_row_offsets) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kHeld; ++row) held[row] = call.a + call.a_row_offsets[row];
+  }
+  FASTCONV_INLINE void seek(int64_t d) { index = depth_offsets[d]; }
+  FASTCONV_INLINE Acc at(int row) const {
+    if (row < kHeld) return held[row][index];
+    return base[index + row_offsets[row]];
+  }
+  FASTCONV_INLINE void advance() {}
+};
+
 template <class Acc, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder>
 __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
   using V = simd::Vec<Acc>;
   constexpr int kLane = simd::kLanes<Acc>;
-  const int64_t a_stride = call.a_stride, b_stride = call.b_stride, depth = call.depth;
-  const int64_t* depth_offsets = call.a_depth_offsets;
+  const int64_t depth = call.depth;
   const int64_t* b_offsets = call.b_offsets;
   const Acc* b = call.b;
-  const Acc* a[kRows];
+  RowElements<Acc, kRows, kOrder> a(call);
   V sums[kRows][kVectors];
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
-    if constexpr (kOrder == Rows::depth_contiguous) a[row] = call.a + row * a_stride;
-    if constexpr (kOrder == Rows::row_contiguous) a[row] = call.a + row;
-    if constexpr (kOrder == Rows::offsets) a[row] = call.a + call.a_row_offsets[row];
+  for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
       sums[row][v] = call.accumulate ? simd::load(call.out + row * call.out_stride + v * kLane) : V{};
-  }
-  int64_t index = 0;
   for (int64_t d = 0; d < depth; ++d) {
-    const Acc* step = kColumnOrder == Columns::offsets ? b + b_offsets[d] : b;
-    if constexpr (kOrder == Rows::depth_contiguous) index = d;
-    if constexpr (kOrder == Rows::offsets) index = depth_offsets[d];
+    const Acc* step = kColumnOrder == Columns::offsets ? b + b_offsets[d] : b + d * kTileColumns<Acc>;
+    a.seek(d);
     V columns[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) columns[v] = simd::load(step + v * kLane);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      // One base pointer for row_contiguous: the rows are constants in the address.
-      const V value = simd::broadcast(kOrder == Rows::row_contiguous ? a[0][index + row] : a[row][index]);
+      const V value = simd::broadcast(a.at(row));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::fma<Acc>(value, columns[v], sums[row][v]);
     }
-    if constexpr (kOrder == Rows::row_contiguous) index += a_stride;
-    if constexpr (kColumnOrder == Columns::strided) b += b_stride;
+    a.advance();
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
@@ -121,7 +172,7 @@ struct TileTable {
   }
 };
 
-template <class Acc, Rows kOrder, Columns kColumnOrder = Columns::strided>
+template <class Acc, Rows kOrder, Columns kColumnOrder = Columns::panel>
 inline constexpr TileTable<Acc, kOrder, kColumnOrder> kTiles{};
 
 /// Rows cut into ceil(count / kTileRows) tiles of nearly equal height: 32 rows as 6+5+5+6+5+5, because a tile of two

@@ -115,7 +115,7 @@ void add_chunk(const GemmWeightGrad& p, const WeightGradPlan& plan, int64_t grou
   TileCall<Acc> call{};
   call.a = plan.input.template prepare<T>(p, chunk, first_channel, channels, scratch.copy);
   call.a_depth_offsets = scratch.depth_offsets;
-  call.b = scratch.panel, call.b_stride = kColumns;
+  call.b = scratch.panel;
   call.depth = chunk.image_count * chunk.row_count * p.j;
   call.out_stride = kColumns;
   call.accumulate = !first;

@@ -81,11 +81,11 @@ struct TileWeights {
   void set(const GemmConv& p, int64_t group, int64_t tile, int64_t begin, TileCall<Acc>& call) const {
     const RowTiles tiles(p.m);
     const int64_t depth = p.c * p.tap_count;
-    call.a_stride = packed ? kTileRows : depth;
+    call.a_stride = depth;
     call.a = packed ? packed + ((group * tiles.tiles + tile) * depth + begin) * kTileRows
                     : static_cast<const Acc*>(p.weight) + (group * p.m + tiles.begin(tile)) * depth + begin;
   }
-  template <Columns kColumnOrder = Columns::strided>
+  template <Columns kColumnOrder = Columns::panel>
   TileFunction<Acc> tile(int64_t rows, int64_t columns) const {
     return packed ? kTiles<Acc, Rows::row_contiguous, kColumnOrder>.at(rows, columns)
                   : kTiles<Acc, Rows::depth_contiguous, kColumnOrder>.at(rows, columns);
