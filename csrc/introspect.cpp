@@ -82,15 +82,15 @@ ConvProblem conv_problem(const Shape& input, const Shape& weight, const Shape& s
 
 /// The register tile of the kernels that end in conv2d/cpu_tile.h; None for those that have none.
 py::object tile_of(const std::string& algo, const ConvProblem& p, ConvPass pass) {
-  if (algo != "tiled") return py::none();
+  if (algo != "tiled" && algo != "rows") return py::none();
   const TileShape shape = tile_shape(active_isa());
   const char* channels = pass == ConvPass::input_grad ? "input channels" : "output channels";
   py::dict tile;
   tile["rows"] = shape.rows;
   tile["columns"] = shape.columns(p.dtype);
   if (pass == ConvPass::weight_grad) {
-    tile["rows_are"] = channels;
-    tile["columns_are"] = "weights of one output channel";
+    tile["rows_are"] = "weights of one output channel";
+    tile["columns_are"] = channels;
   } else {
     tile["rows_are"] = p.layout == Layout::nchw ? channels : "pixels";
     tile["columns_are"] = p.layout == Layout::nchw ? "pixels" : channels;

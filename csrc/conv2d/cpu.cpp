@@ -124,7 +124,8 @@ Tensor convolve(const char* op, const Tensor& input, const Tensor& weight, ConvP
   GemmConv product = forward_product(p, x.const_data_ptr(), w.const_data_ptr(), output.mutable_data_ptr(), taps);
   product.epilogue = epilogue;
   if (kernel == Kernel::conv2d_naive) conv2d_kernels()->naive(product, p.dtype);
-  else conv2d_kernels()->tiled(product, p.layout, p.dtype);
+  else if (kernel == Kernel::conv2d_rows) conv2d_kernels()->rows(product, p.dtype);
+  else conv2d_kernels()->tiled(&product, 1, p.layout, p.dtype);
   return output;
 }
 
@@ -179,14 +180,20 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight, IntLis
     depthwise_kernels()->input_grad(p, grad.const_data_ptr(), w.const_data_ptr(), grad_input.mutable_data_ptr());
     return grad_input;
   }
-  std::vector<Tap> taps;
-  for (int64_t a = 0; a < min_of(p.stride.h, p.h); ++a)
-    for (int64_t b = 0; b < min_of(p.stride.w, p.w); ++b) {
-      const GemmConv product =
-          input_grad_product(p, {a, b}, grad.const_data_ptr(), w.const_data_ptr(), grad_input.mutable_data_ptr(), taps);
-      if (kernel == Kernel::conv2d_input_grad_naive) conv2d_kernels()->naive(product, p.dtype);
-      else conv2d_kernels()->tiled(product, p.layout, p.dtype);
-    }
+  const int64_t rows = min_of(p.stride.h, p.h), columns = min_of(p.stride.w, p.w);
+  std::vector<std::vector<Tap>> taps(static_cast<std::size_t>(rows * columns));
+  std::vector<GemmConv> phases;
+  phases.reserve(taps.size());
+  for (int64_t a = 0; a < rows; ++a)
+    for (int64_t b = 0; b < columns; ++b)
+      phases.push_back(input_grad_product(p, {a, b}, grad.const_data_ptr(), w.const_data_ptr(),
+                                          grad_input.mutable_data_ptr(), taps[phases.size()]));
+  if (kernel == Kernel::conv2d_input_grad_tiled) {
+    conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype);
+    return grad_input;
+  }
+  for (const GemmConv& phase : phases)
+    (kernel == Kernel::conv2d_input_grad_rows ? conv2d_kernels()->rows : conv2d_kernels()->naive)(phase, p.dtype);
   return grad_input;
 }
 
