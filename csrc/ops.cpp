@@ -19,6 +19,10 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
       "conv2d_fused(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[2] stride, "
       "int[4] padding, int[2] dilation, int groups, int activation, str? algo) -> Tensor");
   m.def(
+      "conv2d_fused.eager(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
+      "geometry, "
+      "int groups, int activation) -> Tensor");
+  m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, "
       "int[2] dilation, int groups, str? algo) -> Tensor");
   m.def(

@@ -17,11 +17,18 @@ from torch.nn import Parameter
 
 from fastconv._library import ops
 
+
+def _direct(overload: Any) -> Any:
+    # What the overload's own __call__ calls, in one Python frame more.
+    return getattr(overload, "_op", overload)
+
+
 # Overloads without autograd, fakes or vmap, whose registrations in Python cost more than a small convolution.
-_conv2d = ops.conv2d.eager
-_max_pool2d = ops.max_pool2d.eager
-_avg_pool2d = ops.avg_pool2d.eager
-_adaptive_avg_pool2d = ops.adaptive_avg_pool2d.eager
+_conv2d = _direct(ops.conv2d.eager)
+_conv2d_fused = _direct(ops.conv2d_fused.eager)
+_max_pool2d = _direct(ops.max_pool2d.eager)
+_avg_pool2d = _direct(ops.avg_pool2d.eager)
+_adaptive_avg_pool2d = _direct(ops.adaptive_avg_pool2d.eager)
 
 _TYPES = (Tensor, Parameter)  # exactly: a subclass may want to see its operators
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -51,18 +58,52 @@ def _two(value: Any) -> tuple[Any, Any] | None:
     return value if type(value) is tuple and len(value) == 2 else None
 
 
+def _are_constants(*tensors: Any) -> bool:
+    """True if none of the tensors, or Nones, is trained or of a type of its own."""
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _TYPES or (recording and tensor.requires_grad)):
+            return False
+    return True
+
+
 def conv2d(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> Tensor | None:
-    if not _is_plain(input) or type(weight) not in _TYPES or torch.is_autocast_enabled("cpu"):
-        return None
-    if bias is not None and type(bias) not in _TYPES:
-        return None
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if not _is_plain(input) or not _are_constants(weight, bias) or torch.is_autocast_enabled("cpu"):
         return None
     strides, sides, dilations = _two(stride), _two(padding), _two(dilation)
     if strides is None or sides is None or dilations is None:
         return None
     try:
         result: Tensor = _conv2d(input, weight, bias, strides + sides + sides + dilations, groups)
+    except RuntimeError:
+        return None
+    return result
+
+
+def conv2d_fused(
+    input: Any,
+    weight: Any,
+    scale: Any,
+    shift: Any,
+    residual: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    activation: int,
+) -> Tensor | None:
+    if not _is_plain(input) or torch.is_autocast_enabled("cpu"):
+        return None
+    if not _are_constants(weight, scale, shift, residual):
+        return None
+    if type(padding) is not tuple or len(padding) != 4:
+        return None
+    strides, dilations = _two(stride), _two(dilation)
+    if strides is None or dilations is None:
+        return None
+    geometry = strides + padding + dilations
+    try:
+        result: Tensor = _conv2d_fused(input, weight, scale, shift, residual, geometry, groups, activation)
     except RuntimeError:
         return None
     return result

@@ -136,15 +136,23 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, std::optional<Tensor> b
   return convolve("conv2d", input, weight, p, Activation::none, std::nullopt, bias, std::nullopt, algo_name(algo));
 }
 
-/// For the short way, which leaves empty tensors to the long one: torch treats them case by case.
+/// Stride, padding and dilation, which travel as one list on the short way. It leaves empty tensors to the long one:
+/// torch treats them case by case.
+struct Geometry {
+  IntList stride, padding, dilation;
+
+  Geometry(const Tensor& input, const Tensor& weight, const IntList& numbers) {
+    require(input.numel() > 0 && weight.numel() > 0, "fastconv: input or weight is empty; call the default overload");
+    require(numbers.size() == 8, "fastconv: geometry has ", numbers.size(), " values, expected 8");
+    const auto begin = numbers.begin();
+    stride.assign(begin, begin + 2), padding.assign(begin + 2, begin + 6), dilation.assign(begin + 6, begin + 8);
+  }
+};
+
 Tensor conv2d_eager(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList geometry,
                     int64_t groups) {
-  require(input.numel() > 0 && weight.numel() > 0, "conv2d.eager: input or weight is empty; call conv2d");
-  require(geometry.size() == 8, "conv2d.eager: geometry has ", geometry.size(), " values, expected 8");
-  const auto part = [&](int64_t first, int64_t last) {
-    return IntList(geometry.begin() + first, geometry.begin() + last);
-  };
-  return conv2d(input, weight, std::move(bias), part(0, 2), part(2, 6), part(6, 8), groups, std::nullopt);
+  const Geometry g(input, weight, geometry);
+  return conv2d(input, weight, std::move(bias), g.stride, g.padding, g.dilation, groups, std::nullopt);
 }
 
 Tensor conv2d_fused(const Tensor& input, const Tensor& weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
@@ -155,6 +163,14 @@ Tensor conv2d_fused(const Tensor& input, const Tensor& weight, std::optional<Ten
           activation, ", expected 0 (none), 1 (relu), 2 (relu6) or 3 (tanh)");
   return convolve("conv2d_fused", input, weight, p, static_cast<Activation>(activation), scale, shift, residual,
                   algo_name(algo));
+}
+
+Tensor conv2d_fused_eager(const Tensor& input, const Tensor& weight, std::optional<Tensor> scale,
+                          std::optional<Tensor> shift, std::optional<Tensor> residual, IntList geometry, int64_t groups,
+                          int64_t activation) {
+  const Geometry g(input, weight, geometry);
+  return conv2d_fused(input, weight, std::move(scale), std::move(shift), std::move(residual), g.stride, g.padding,
+                      g.dilation, groups, activation, std::nullopt);
 }
 
 Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight, IntList input_size, IntList stride,
@@ -256,6 +272,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&fastconv::conv2d));
   m.impl("conv2d.eager", TORCH_BOX(&fastconv::conv2d_eager));
   m.impl("conv2d_fused", TORCH_BOX(&fastconv::conv2d_fused));
+  m.impl("conv2d_fused.eager", TORCH_BOX(&fastconv::conv2d_fused_eager));
   m.impl("conv2d_input_grad", TORCH_BOX(&fastconv::conv2d_input_grad));
   m.impl("conv2d_weight_grad", TORCH_BOX(&fastconv::conv2d_weight_grad));
   m.impl("conv2d_bias_grad", TORCH_BOX(&fastconv::conv2d_bias_grad));
