@@ -6,6 +6,7 @@ call.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,21 +21,31 @@ def pair(value: Any) -> tuple[Any, Any] | None:
     """One number, or a sequence of one or two, as two; None if it is neither."""
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
         return value
-    if _is_number(value):
-        return value, value
+    number = integer(value)
+    if number is not None:
+        return number, number
     if isinstance(value, Sequence) and not isinstance(value, str) and 1 <= len(value) <= 2:
-        numbers = [item if type(item) is int else _as_number(item) for item in value]
+        numbers = [integer(item) for item in value]
         if None not in numbers:
             return numbers[0], numbers[-1]
     return None
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) is int or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool))
+def integer(value: Any) -> Any:
+    """``value`` as an int if it is one of any kind (numpy's too) and of 64 bits, as a SymInt if it is that; else None.
 
-
-def _as_number(value: Any) -> Any:
-    return value if _is_number(value) else None
+    A bool is no integer here, and neither is a tensor.
+    """
+    if type(value) is int:
+        return value if -(2**63) <= value < 2**63 else None
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, (bool, Tensor)) or not hasattr(type(value), "__index__"):
+        return None
+    try:
+        return integer(operator.index(value))
+    except TypeError:
+        return None  # numpy's bool has the method, and it raises
 
 
 def tensor_refusal(function: str, name: str, tensor: Any) -> str | None:
@@ -46,10 +57,20 @@ def tensor_refusal(function: str, name: str, tensor: Any) -> str | None:
             f"{name} is {tensor.dtype}, {function} has kernels for float32, float64, float16 and bfloat16; "
             "convert it with .to()"
         )
+    if tensor.is_nested:
+        return f"{name} is a nested tensor, expected a strided one; call torch.nested.to_padded_tensor"
     if tensor.layout is not torch.strided:
         return f"{name} has layout {tensor.layout}, expected torch.strided; call .to_dense() first"
     if tensor.device.type not in DEVICES:
         return f"{name} is on {tensor.device}, {function} has kernels for the CPU; move it with .cpu()"
+    return None
+
+
+def flag_refusal(**flags: Any) -> str | None:
+    """Why one of these is no flag that torch would take."""
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            return f"{name} is {flag!r}, expected True or False"
     return None
 
 
@@ -100,8 +121,8 @@ def conv2d_refusal(
         return f"stride is {stride} and dilation {dilation}, expected integers of at least 1"
     if isinstance(padding, str):
         return padding
-    if not _is_number(groups) or groups < 1:
-        return f"groups is {groups!r}, expected an integer of at least 1"
+    if groups is None or groups < 1:
+        return f"groups is {groups}, expected an integer of at least 1"
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return None  # torch.jit.trace: sizes are tensors, and comparing them would bake them in; the op checks them
     return _conv2d_shape_refusal(input, weight, bias, padding, dilation, groups)

@@ -52,10 +52,12 @@ def _is_plain(input: Any) -> bool:
 
 
 def _two(value: Any) -> tuple[Any, Any] | None:
-    """``value`` as torch's layers keep it, or None. That the elements are integers is left to the operator."""
+    """``value`` as torch's layers keep it, or None: plain integers, since the operator would take a bool for one."""
     if type(value) is int:
         return value, value
-    return value if type(value) is tuple and len(value) == 2 else None
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    return None
 
 
 def _are_constants(*tensors: Any) -> bool:
@@ -71,7 +73,7 @@ def conv2d(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilati
     if not _is_plain(input) or not _are_constants(weight, bias) or torch.is_autocast_enabled("cpu"):
         return None
     strides, sides, dilations = _two(stride), _two(padding), _two(dilation)
-    if strides is None or sides is None or dilations is None:
+    if strides is None or sides is None or dilations is None or type(groups) is not int:
         return None
     try:
         result: Tensor = _conv2d(input, weight, bias, strides + sides + sides + dilations, groups)
@@ -110,7 +112,7 @@ def conv2d_fused(
 
 
 def max_pool2d(input: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any) -> Tensor | None:
-    if not _is_plain(input):
+    if not _is_plain(input) or type(ceil_mode) is not bool:
         return None
     taps, sides, dilations = _two(kernel), _two(padding), _two(dilation)
     strides = taps if stride is None else _two(stride)
@@ -126,7 +128,9 @@ def max_pool2d(input: Any, kernel: Any, stride: Any, padding: Any, dilation: Any
 def avg_pool2d(
     input: Any, kernel: Any, stride: Any, padding: Any, ceil_mode: Any, count_include_pad: Any, divisor_override: Any
 ) -> Tensor | None:
-    if not _is_plain(input) or divisor_override == 0:
+    if not _is_plain(input) or type(ceil_mode) is not bool or type(count_include_pad) is not bool:
+        return None
+    if divisor_override is not None and (type(divisor_override) is not int or divisor_override == 0):
         return None
     taps, sides = _two(kernel), _two(padding)
     strides = taps if stride is None else _two(stride)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 # The dictionaries that every module has: children, parameters, buffers, hooks.
@@ -23,6 +24,11 @@ def opaque_reason(module: nn.Module) -> str | None:
     if isinstance(module, torch._dynamo.OptimizedModule):
         return "compiled by torch.compile; work on the Python model, then compile it"
     return None
+
+
+def is_uninitialised(module: nn.Module) -> bool:
+    """True for a lazy module that has seen no batch yet: its hooks hold handles on themselves, so it has no copy."""
+    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())
 
 
 def is_class_own(module: nn.Module) -> bool:
@@ -49,7 +55,8 @@ def copy_structure(model: nn.Module) -> dict[int, nn.Module]:
     """New modules in place of those of ``model``, which keeps its own; parameters and buffers are the same objects.
 
     A module that is used at several places is copied once. Attributes, hooks and bound methods that refer to modules of
-    ``model`` refer to their copies; what a closure holds is not seen. Compiled modules are shared.
+    ``model`` refer to their copies; what a closure holds is not seen. Compiled modules are shared, and lazy ones that
+    have seen no batch.
 
     Returns:
         The copy of each module, by the ``id`` of the original.
@@ -68,7 +75,7 @@ def _copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     known = copies.get(id(module))
     if known is not None:
         return known
-    if opaque_reason(module) is not None:
+    if opaque_reason(module) is not None or is_uninitialised(module):
         copies[id(module)] = module
         return module
     twin: nn.Module
@@ -85,6 +92,23 @@ def _copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     for name, child in module._modules.items():
         twin._modules[name] = None if child is None else _copy(child, copies)
     return twin
+
+
+def own_tensors(model: nn.Module) -> None:
+    """Gives ``model``, a copy, parameters and buffers of its own on the same memory: to cast or freeze it leaves the
+    original as it was. A tensor that is used at several places stays one. Special kinds of parameters are shared."""
+    owned: dict[int, Any] = {}
+    for module in model.modules():
+        if opaque_reason(module) is not None or is_uninitialised(module):
+            continue
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if type(tensor) is nn.Parameter and id(tensor) not in owned:
+                    owned[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+                elif type(tensor) is torch.Tensor and id(tensor) not in owned:
+                    owned[id(tensor)] = tensor.detach()
+                if tensor is not None:
+                    tensors[name] = owned.get(id(tensor), tensor)
 
 
 def _redirect(value: Any, copies: dict[int, nn.Module], outer: frozenset[int] = frozenset()) -> Any:

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from fastconv import _arguments, functional
-from fastconv._library import torch_calls
 
 BACKENDS = ("cpu", "cuda", "triton")
 
@@ -91,21 +90,17 @@ def choose(function: str, *args: Any, **kwargs: Any) -> tuple[str, Refusal | Non
 
 @contextmanager
 def intercepted(handle: Callable[[Refusal, tuple[Any, ...], Callable[[], Any]], Any]) -> Iterator[None]:
-    """Inside the block, ``handle(refusal, arguments, run)`` gets the calls that fastconv.functional hands to torch.
+    """Inside the block, ``handle(refusal, arguments, run)`` gets this thread's calls that go to torch.
 
-    ``run()`` is torch's computation; what ``handle`` returns is the call's result. stats() is left as it was.
+    ``run()`` is torch's computation; what ``handle`` returns is the call's result. They are not counted.
     """
-    by_torch = functional._by_torch
-    counted = torch_calls.copy()
 
-    def caught(name: str, function: Any, refusal: str | None, *arguments: Any) -> Any:
-        reason = refusal or "no kernel serves these arguments"
-        return handle(Refusal(name, reason), arguments, lambda: by_torch(name, function, refusal, *arguments))
+    def caught(name: str, refusal: str | None, arguments: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+        return handle(Refusal(name, refusal or "no kernel serves these arguments"), arguments, run)
 
-    functional._by_torch = caught
+    before = functional.interception.handle
+    functional.interception.handle = caught
     try:
         yield
     finally:
-        functional._by_torch = by_torch
-        torch_calls.clear()
-        torch_calls.update(counted)
+        functional.interception.handle = before

@@ -6,6 +6,7 @@ raises its own error; :func:`fastconv.stats` counts what torch computed under ``
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -81,14 +82,15 @@ def conv2d(
     cast = _autocast(input)
     if cast is not None:
         input, weight, bias = _lower(input, cast), _lower(weight, cast), _lower(bias, cast)
-    refusal = _arguments.conv2d_refusal(input, weight, bias, strides, paddings, dilations, groups)
+    count = _arguments.integer(groups)
+    refusal = _arguments.conv2d_refusal(input, weight, bias, strides, paddings, dilations, count)
     if refusal is not None or strides is None or dilations is None:
         return _by_torch(  # type: ignore[no-any-return]
             "conv2d", _torch_conv2d, refusal, input, weight, bias, stride, padding, dilation, groups
         )
     if input.dim() == 3:
-        return _conv2d.conv2d(input[None], weight, bias, strides, paddings, dilations, groups, algo)[0]
-    return _conv2d.conv2d(input, weight, bias, strides, paddings, dilations, groups, algo)
+        return _conv2d.conv2d(input[None], weight, bias, strides, paddings, dilations, count, algo)[0]
+    return _conv2d.conv2d(input, weight, bias, strides, paddings, dilations, count, algo)
 
 
 def max_pool2d(
@@ -132,11 +134,13 @@ def max_pool2d(
     kernel, paddings, dilations = pair(kernel_size), pair(padding), pair(dilation)
     strides = kernel if _is_absent(stride) else pair(stride)
     refusal = _arguments.pool_refusal("max_pool2d", input, kernel, strides, paddings, dilations)
+    if refusal is None:
+        refusal = _arguments.flag_refusal(ceil_mode=ceil_mode, return_indices=return_indices)
     if refusal is not None or kernel is None or strides is None or paddings is None or dilations is None:
         return _by_torch("max_pool2d", _torch_max_pool2d, refusal, *arguments)
     if input.dim() == 4:
-        return _pool.max_pool2d(input, kernel, strides, paddings, dilations, bool(ceil_mode), bool(return_indices))
-    result = _pool.max_pool2d(input[None], kernel, strides, paddings, dilations, bool(ceil_mode), bool(return_indices))
+        return _pool.max_pool2d(input, kernel, strides, paddings, dilations, ceil_mode, return_indices)
+    result = _pool.max_pool2d(input[None], kernel, strides, paddings, dilations, ceil_mode, return_indices)
     return (result[0][0], result[1][0]) if return_indices else result[0]
 
 
@@ -187,11 +191,14 @@ def avg_pool2d(
     kernel, paddings = pair(kernel_size), pair(padding)
     strides = kernel if _is_absent(stride) else pair(stride)
     refusal = _arguments.pool_refusal("avg_pool2d", input, kernel, strides, paddings, (1, 1))
-    if divisor_override == 0:
-        refusal = "divisor_override is 0, expected another number or None"
+    divisor = _arguments.integer(divisor_override)
+    if divisor == 0 or (divisor is None and divisor_override is not None):
+        refusal = f"divisor_override is {divisor_override!r}, expected an integer other than 0, or None"
+    if refusal is None:
+        refusal = _arguments.flag_refusal(ceil_mode=ceil_mode, count_include_pad=count_include_pad)
     if refusal is not None or kernel is None or strides is None or paddings is None:
         return _by_torch("avg_pool2d", _torch_avg_pool2d, refusal, *arguments)  # type: ignore[no-any-return]
-    options = (bool(ceil_mode), bool(count_include_pad), divisor_override)
+    options = (ceil_mode, count_include_pad, divisor)
     if input.dim() == 3:
         return _pool.avg_pool2d(input[None], kernel, strides, paddings, *options)[0]
     return _pool.avg_pool2d(input, kernel, strides, paddings, *options)
@@ -257,11 +264,14 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     if _emits_aten():
         return _torch_local_response_norm(input, size, alpha, beta, k)
     refusal = _arguments.tensor_refusal("local_response_norm", "input", input)
+    width = _arguments.integer(size)
     if refusal is None:
         if input.dim() < 3 or input.numel() == 0:
             refusal = f"input has shape {tuple(input.shape)}, expected (N, C, *) with at least 3 dimensions, none empty"
-        elif type(size) is not int or size < 1:
+        elif width is None or width < 1:
             refusal = f"size is {size!r}, expected an integer of at least 1"
+        elif any(isinstance(value, Tensor) for value in (alpha, beta, k)):
+            refusal = "alpha, beta and k include a tensor, expected numbers: their gradients have no kernel"
     if refusal is not None:
         return _by_torch(  # type: ignore[no-any-return]
             "local_response_norm", _torch_local_response_norm, refusal, input, size, alpha, beta, k
@@ -269,10 +279,10 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     if input.dim() >= 4 and input.element_size() == 2 and _autocast(input) is not None:
         input = input.float()  # torch averages planes with avg_pool3d, which autocast runs in float32
     if input.dim() == 4:
-        return _norm.local_response_norm(input, size, float(alpha), float(beta), float(k))
+        return _norm.local_response_norm(input, width, float(alpha), float(beta), float(k))
     # Only the channels are looked across: any further dimensions are one plane.
     planes = input.flatten(2)[..., None]
-    return _norm.local_response_norm(planes, size, float(alpha), float(beta), float(k)).view(input.shape)
+    return _norm.local_response_norm(planes, width, float(alpha), float(beta), float(k)).view(input.shape)
 
 
 def _emits_aten() -> bool:
@@ -314,15 +324,30 @@ def _adaptive_size(output_size: Any, input_size: Any) -> tuple[int, int] | None:
     return pair(output_size)
 
 
+class _Interception(threading.local):
+    """What this thread does instead of counting a call that goes to torch (:func:`fastconv.backends.intercepted`)."""
+
+    handle: Callable[[str, str | None, tuple[Any, ...], Callable[[], Any]], Any] | None = None
+
+
+interception = _Interception()
+
+
 def _by_torch(name: str, function: Callable[..., Any], refusal: str | None, *arguments: Any) -> Any:
     """Lets torch compute what no kernel serves, or raise; its error then also says what fastconv expected."""
     if torch.compiler.is_compiling():
         return function(*arguments)
+    if interception.handle is not None:
+        return interception.handle(name, refusal, arguments, lambda: _run_by_torch(name, function, refusal, arguments))
+    result = _run_by_torch(name, function, refusal, arguments)
+    torch_calls[name] += 1
+    return result
+
+
+def _run_by_torch(name: str, function: Callable[..., Any], refusal: str | None, arguments: tuple[Any, ...]) -> Any:
     try:
-        result = function(*arguments)
+        return function(*arguments)
     except TORCH_ERRORS as error:
         if type(error) not in TORCH_ERRORS:
             raise
         raise type(error)(f"{error}\nfastconv.{name}: {refusal}") from None
-    torch_calls[name] += 1
-    return result

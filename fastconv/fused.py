@@ -129,7 +129,8 @@ def _by_torch(
         if refusal is None or type(error) is not RuntimeError:
             raise
         raise RuntimeError(f"{error}\nfastconv.fused_conv2d: {refusal}") from None
-    if refusal is not None and not torch.compiler.is_compiling():
+    counted = functional.interception.handle is None and not torch.compiler.is_compiling()
+    if refusal is not None and counted:
         torch_calls["conv2d_fused"] += 1
     if scale is not None:
         dtype = result.dtype

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fastconv._graph_fusion import IN_PLACE_OPERATORS, fuse_graph, layer_of
-from fastconv._module_copy import copy_structure, layer_type, opaque_reason
+from fastconv._module_copy import copy_structure, layer_type, opaque_reason, own_tensors
 from fastconv._report import ConversionReport, Entry, attach
 from fastconv.convert import TO_FASTCONV, exchange_layer, named_layers, require_model
 from fastconv.fused import BATCH_NORMS, ConvBNReLU2d, FusedConv2d, activation_name, has_hooks
@@ -55,6 +55,7 @@ def fuse(model: nn.Module) -> nn.Module:
         )
     report = ConversionReport("fuse")
     root = copy_structure(model)[id(model)]
+    own_tensors(root)
     result = _Fuser(report).fuse(root, "")
     for name, module in named_layers(result):
         exchange_layer(report, TO_FASTCONV, name, module, module)

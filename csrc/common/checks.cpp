@@ -80,17 +80,19 @@ Tensor empty_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t
                               layout == Layout::nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-Size2 size2(const char* op, const char* name, const IntList& values, int64_t at_least) {
+Size2 size2(const char* op, const char* name, const IntList& values, int64_t at_least, int64_t at_most) {
   require(values.size() == 2, op, ": ", name, " has ", values.size(), " values, expected 2");
   for (int64_t value : values)
-    require(value >= at_least, op, ": ", name, " is (", values[0], ", ", values[1], "), expected values of at least ",
-            at_least);
+    require(value >= at_least && value <= at_most, op, ": ", name, " is (", values[0], ", ", values[1],
+            "), expected values of at least ", at_least, " and at most ", at_most);
   return {values[0], values[1]};
 }
 
 Pad4 pad4(const char* op, const IntList& values) {
   require(values.size() == 4, op, ": padding has ", values.size(), " values, expected 4 (top, left, bottom, right)");
-  for (int64_t value : values) require(value >= 0, op, ": negative padding ", value, " is not supported");
+  for (int64_t value : values)
+    require(value >= 0 && value <= kLargestStep, op, ": padding is ", value, ", expected 0 to ", kLargestStep,
+            " (negative padding is not supported; crop the input)");
   return {values[0], values[1], values[2], values[3]};
 }
 

@@ -55,7 +55,10 @@ Tensor dense(const Tensor& tensor, Layout layout);
 /// Uninitialised (n, c, h, w) tensor on the CPU, dense in `layout`.
 Tensor empty_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, Layout layout);
 
-Size2 size2(const char* op, const char* name, const IntList& values, int64_t at_least);
+/// Strides, paddings, dilations and kernel sizes beyond it have no use, and sums of their products would overflow.
+inline constexpr int64_t kLargestStep = (int64_t{1} << 31) - 1;
+
+Size2 size2(const char* op, const char* name, const IntList& values, int64_t at_least, int64_t at_most = kLargestStep);
 Pad4 pad4(const char* op, const IntList& values);
 
 /// Calls body(T{}) with the storage type of `dtype`.

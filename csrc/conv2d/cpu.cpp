@@ -30,7 +30,8 @@ ConvProblem problem_of(const char* op, const IntList& stride, const IntList& pad
 
 void set_weight(const char* op, ConvProblem& p, int64_t k, int64_t r, int64_t s) {
   p.k = k, p.r = r, p.s = s;
-  require(r >= 1 && s >= 1, op, ": the kernel is ", r, " x ", s, ", expected at least 1 x 1");
+  require(r >= 1 && s >= 1 && r <= kLargestStep && s <= kLargestStep, op, ": the kernel is ", r, " x ", s,
+          ", expected at least 1 x 1 and at most ", kLargestStep, " either way");
   require(k % p.groups == 0, op, ": ", k, " output channels are not divisible by groups = ", p.groups);
 }
 
@@ -182,7 +183,7 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight, IntLis
   require_same_dtype(op, grad_output, "weight", weight);
   p.dtype = dtype_of(op, grad_output);
   p.layout = suggests_channels_last(grad_output) || suggests_channels_last(weight) ? Layout::nhwc : Layout::nchw;
-  const Size2 size = size2(op, "input_size", input_size, 0);
+  const Size2 size = size2(op, "input_size", input_size, 0, INT64_MAX);
   set_weight(op, p, weight.size(0), weight.size(2), weight.size(3));
   set_input(op, p, grad_output.size(0), weight.size(1) * groups, size.h, size.w);
   require_shape(op, "grad_output", grad_output, {p.n, p.k, p.p(), p.q()});

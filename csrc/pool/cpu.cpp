@@ -105,7 +105,7 @@ Tensor max_pool2d_indices(const Tensor& offsets, IntList input_size, IntList ker
                           IntList dilation) {
   const char* op = "max_pool2d_indices";
   PoolProblem p = problem_of(op, kernel, stride, padding, dilation, false);
-  const Size2 size = size2(op, "input_size", input_size, 1);
+  const Size2 size = size2(op, "input_size", input_size, 1, INT64_MAX);
   set_offsets(op, p, offsets, size.h, size.w);
   const Tensor taps = dense(offsets, p.layout);
   Tensor indices = empty_of(p, torch::headeronly::ScalarType::Long);
@@ -137,7 +137,7 @@ Tensor max_pool2d_backward(const Tensor& grad_output, const Tensor& offsets, Int
   PoolProblem p = problem_of(op, kernel, stride, padding, dilation, false);
   require_cpu(op, "grad_output", grad_output, 4);
   p.dtype = dtype_of(op, grad_output);
-  const Size2 size = size2(op, "input_size", input_size, 1);
+  const Size2 size = size2(op, "input_size", input_size, 1, INT64_MAX);
   set_offsets(op, p, offsets, size.h, size.w);
   require_shape(op, "grad_output", grad_output, {p.n, p.c, p.p(), p.q()});
   const Tensor grad = dense(grad_output, p.layout), taps = dense(offsets, p.layout);
@@ -195,7 +195,7 @@ Tensor avg_pool2d_backward(const Tensor& grad_output, IntList input_size, IntLis
   require_cpu(op, "grad_output", grad_output, 4);
   p.dtype = dtype_of(op, grad_output);
   p.layout = layout_of(grad_output);
-  const Size2 size = size2(op, "input_size", input_size, 1);
+  const Size2 size = size2(op, "input_size", input_size, 1, INT64_MAX);
   set_input(op, p, grad_output.size(0), grad_output.size(1), size.h, size.w);
   require_shape(op, "grad_output", grad_output, {p.n, p.c, p.p(), p.q()});
   const Tensor grad = dense(grad_output, p.layout);
@@ -225,7 +225,7 @@ Tensor adaptive_avg_pool2d(const Tensor& input, IntList output_size) {
   require_cpu(op, "input", input, 4);
   const DType dtype = dtype_of(op, input);
   const Layout layout = layout_of(input);
-  const Size2 out = size2(op, "output_size", output_size, 0), in{input.size(2), input.size(3)};
+  const Size2 out = size2(op, "output_size", output_size, 0, INT64_MAX), in{input.size(2), input.size(3)};
   require_elements(op, in, out);
   const int64_t n = input.size(0), c = input.size(1);
   const Tensor x = dense(input, layout);
@@ -248,7 +248,7 @@ Tensor adaptive_avg_pool2d_backward(const Tensor& grad_output, IntList input_siz
   require_cpu(op, "grad_output", grad_output, 4);
   const DType dtype = dtype_of(op, grad_output);
   const Layout layout = layout_of(grad_output);
-  const Size2 in = size2(op, "input_size", input_size, 0), out{grad_output.size(2), grad_output.size(3)};
+  const Size2 in = size2(op, "input_size", input_size, 0, INT64_MAX), out{grad_output.size(2), grad_output.size(3)};
   require_elements(op, in, out);
   const int64_t n = grad_output.size(0), c = grad_output.size(1);
   const Tensor grad = dense(grad_output, layout);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +45,26 @@ def suggested_format(*tensors: Tensor) -> torch.memory_format:
 def empty_like_format(like: Tensor, shape: tuple[Any, ...], memory_format: torch.memory_format) -> Tensor:
     """A fake output: dtype and device of ``like``, dense in ``memory_format``."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def allow_empty(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a vmap rule serve a batch of none too, of which it could not tell the shape of one: it is given a batch of
+    one, of zeros, and that is cut off its results."""
+
+    @functools.wraps(rule)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        if info.batch_size != 0:
+            return rule(info, in_dims, *args)
+        one = []
+        for arg, dim in zip(args, in_dims, strict=True):
+            batched = isinstance(arg, Tensor) and dim is not None
+            one.append(arg.new_zeros([*arg.shape[:dim], 1, *arg.shape[dim + 1 :]]) if batched else arg)
+        results, dims = rule(info._replace(batch_size=1), in_dims, *one)
+        if isinstance(results, Tensor):
+            return results.narrow(dims, 0, 0), dims
+        return tuple(result.narrow(dim, 0, 0) for result, dim in zip(results, dims, strict=True)), dims
+
+    return vmap
 
 
 def fold(tensor: Tensor, dim: int | None, into: int, size: int) -> Tensor:

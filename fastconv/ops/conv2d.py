@@ -18,7 +18,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastconv._library import ops
 from fastconv.ops._apply import apply
-from fastconv.ops._autograd import call_raw, empty_like_format, fold, needs_function, suggested_format, tracing
+from fastconv.ops._autograd import (
+    allow_empty,
+    call_raw,
+    empty_like_format,
+    fold,
+    needs_function,
+    suggested_format,
+    tracing,
+)
 
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
@@ -143,6 +151,7 @@ class Conv2d(torch.autograd.Function):
         return tangent
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         input, weight, bias, stride, padding, dilation, groups, algo = args
         input_dim, weight_dim, bias_dim = in_dims[:3]
@@ -199,6 +208,7 @@ class Conv2dInputGrad(torch.autograd.Function):
         )
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         grad_output, weight, input_size, stride, padding, dilation, groups, algo = args
         size = info.batch_size
@@ -241,6 +251,7 @@ class Conv2dWeightGrad(torch.autograd.Function):
         )
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         grad_output, input, kernel_size, stride, padding, dilation, groups, algo = args
         size = info.batch_size
@@ -268,6 +279,7 @@ class Conv2dBiasGrad(torch.autograd.Function):
         return conv2d_bias_grad(grad_t)
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, int]:
         folded = conv2d_bias_grad(fold(grad_output, in_dims[0], 1, info.batch_size))
         return folded.unflatten(0, (info.batch_size, -1)), 0

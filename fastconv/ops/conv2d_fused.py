@@ -14,7 +14,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastconv._library import ops
 from fastconv.ops._apply import apply
-from fastconv.ops._autograd import call_raw, empty_like_format, fold, needs_function, suggested_format
+from fastconv.ops._autograd import (
+    allow_empty,
+    call_raw,
+    empty_like_format,
+    fold,
+    needs_function,
+    suggested_format,
+    tracing,
+)
 from fastconv.ops.conv2d import (
     Padding,
     Pair,
@@ -58,7 +66,7 @@ def conv2d_fused(
 
 
 def _conv2d_fused(*args: Any) -> Tensor:
-    if torch.compiler.is_compiling():
+    if tracing():
         result: Tensor = ops.conv2d_fused.default(*args)
     elif needs_function(*args[:5]):
         result = apply(Conv2dFused, *args)
@@ -161,6 +169,7 @@ class Conv2dFused(torch.autograd.Function):
         return activation_grad(tangent.to(output.dtype), output, ctx.activation)
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         input, weight, scale, shift, residual, *params, groups, activation, algo = args
         input_dim, weight_dim, scale_dim, shift_dim, residual_dim = in_dims[:5]

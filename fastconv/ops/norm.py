@@ -19,7 +19,15 @@ from torch import Tensor
 
 from fastconv._library import ops
 from fastconv.ops._apply import apply
-from fastconv.ops._autograd import call_raw, empty_like_format, fold, needs_function, suggested_format, tracing
+from fastconv.ops._autograd import (
+    allow_empty,
+    call_raw,
+    empty_like_format,
+    fold,
+    needs_function,
+    suggested_format,
+    tracing,
+)
 
 
 def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
@@ -67,6 +75,7 @@ class LocalResponseNorm(torch.autograd.Function):
         return local_response_norm_jvp(input, input_t, *ctx.params)
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, *params: Any) -> Any:
         folded = local_response_norm(fold(input, in_dims[0], 0, info.batch_size), *params)
         return folded.unflatten(0, (info.batch_size, -1)), 0
@@ -102,6 +111,7 @@ class LocalResponseNormJvp(torch.autograd.Function):
         )
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, tangent: Tensor, *params: Any) -> Any:
         size = info.batch_size
         folded = fold(input, in_dims[0], 0, size), fold(tangent, in_dims[1], 0, size)
@@ -138,6 +148,7 @@ class LocalResponseNormBackward(torch.autograd.Function):
         )
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], grad_output: Tensor, input: Tensor, *params: Any) -> Any:
         size = info.batch_size
         folded = fold(grad_output, in_dims[0], 0, size), fold(input, in_dims[1], 0, size)

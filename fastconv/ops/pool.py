@@ -23,6 +23,7 @@ from torch import Tensor
 from fastconv._library import ops
 from fastconv.ops._apply import apply
 from fastconv.ops._autograd import (
+    allow_empty,
     call_raw,
     empty_like_format,
     fold,
@@ -46,7 +47,8 @@ def max_pool2d(
     """The maxima; with ``return_indices`` also torch's int64 indices into the flattened (H, W) plane."""
     window = (kernel, stride, padding, dilation)
     if tracing():
-        recorded = torch.is_grad_enabled() and input.requires_grad
+        # torch.jit.trace records a call twice, with gradients on and off, and compares.
+        recorded = torch.compiler.is_compiling() and torch.is_grad_enabled() and input.requires_grad
         if not return_indices and not recorded:
             return ops.max_pool2d.default(input, *window, ceil_mode)
         output, offsets = ops.max_pool2d_with_offsets.default(input, *window, ceil_mode)
@@ -136,6 +138,7 @@ class MaxPool2d(torch.autograd.Function):
         return max_pool2d_gather(input_t, offsets, *ctx.window), None
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, *args: Any) -> Any:
         kernel, stride, padding, dilation, ceil_mode = args
         folded = fold(input, in_dims[0], 0, info.batch_size)
@@ -168,6 +171,7 @@ class MaxPool2dBackward(torch.autograd.Function):
         return max_pool2d_backward(grad_t, offsets, ctx.input_size, *ctx.window)
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], grad_output: Tensor, offsets: Tensor, *args: Any) -> Any:
         size = info.batch_size
         folded = fold(grad_output, in_dims[0], 0, size), fold(offsets, in_dims[1], 0, size)
@@ -197,6 +201,7 @@ class MaxPool2dGather(torch.autograd.Function):
         return max_pool2d_gather(input_t, offsets, *ctx.window)
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, offsets: Tensor, *window: Any) -> Any:
         size = info.batch_size
         folded = fold(input, in_dims[0], 0, size), fold(offsets, in_dims[1], 0, size)
@@ -223,11 +228,13 @@ def _max_pool2d_backward(ctx: Any, grad: Tensor) -> Any:
     return max_pool2d_backward(grad, offsets, input.shape[2:], *window), None, None, None, None, None
 
 
+@allow_empty
 def _max_pool2d_vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, *args: Any) -> Any:
     folded = ops.max_pool2d.default(fold(input, in_dims[0], 0, info.batch_size), *args)
     return folded.unflatten(0, (info.batch_size, -1)), 0
 
 
+@allow_empty
 def _indices_vmap(info: Any, in_dims: tuple[Any, ...], offsets: Tensor, *args: Any) -> Any:
     folded = ops.max_pool2d_indices.default(fold(offsets, in_dims[0], 0, info.batch_size), *args)
     return folded.unflatten(0, (info.batch_size, -1)), 0
@@ -257,6 +264,7 @@ class AvgPool2d(torch.autograd.Function):
         return avg_pool2d(input_t, *ctx.window)
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, *window: Any) -> Any:
         folded = avg_pool2d(fold(input, in_dims[0], 0, info.batch_size), *window)
         return folded.unflatten(0, (info.batch_size, -1)), 0
@@ -281,6 +289,7 @@ class AvgPool2dBackward(torch.autograd.Function):
         return avg_pool2d_backward(grad_t, ctx.input_size, *ctx.window)
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], grad_output: Tensor, *args: Any) -> Any:
         folded = avg_pool2d_backward(fold(grad_output, in_dims[0], 0, info.batch_size), *args)
         return folded.unflatten(0, (info.batch_size, -1)), 0
@@ -306,6 +315,7 @@ class AdaptiveAvgPool2d(torch.autograd.Function):
         return adaptive_avg_pool2d(input_t, ctx.output_size)
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, output_size: Any) -> Any:
         folded = adaptive_avg_pool2d(fold(input, in_dims[0], 0, info.batch_size), output_size)
         return folded.unflatten(0, (info.batch_size, -1)), 0
@@ -331,6 +341,7 @@ class AdaptiveAvgPool2dBackward(torch.autograd.Function):
         return adaptive_avg_pool2d_backward(grad_t, ctx.input_size)
 
     @staticmethod
+    @allow_empty
     def vmap(info: Any, in_dims: tuple[Any, ...], grad_output: Tensor, input_size: Any) -> Any:
         folded = adaptive_avg_pool2d_backward(fold(grad_output, in_dims[0], 0, info.batch_size), input_size)
         return folded.unflatten(0, (info.batch_size, -1)), 0
