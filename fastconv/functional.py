@@ -18,6 +18,7 @@ from fastconv import _arguments, _eager
 from fastconv._arguments import pair
 from fastconv._library import torch_calls
 from fastconv.ops import conv2d as _conv2d
+from fastconv.ops import max_pool as _max_pool
 from fastconv.ops import norm as _norm
 from fastconv.ops import pool as _pool
 
@@ -139,8 +140,8 @@ def max_pool2d(
     if refusal is not None or kernel is None or strides is None or paddings is None or dilations is None:
         return _by_torch("max_pool2d", _torch_max_pool2d, refusal, *arguments)
     if input.dim() == 4:
-        return _pool.max_pool2d(input, kernel, strides, paddings, dilations, ceil_mode, return_indices)
-    result = _pool.max_pool2d(input[None], kernel, strides, paddings, dilations, ceil_mode, return_indices)
+        return _max_pool.max_pool2d(input, kernel, strides, paddings, dilations, ceil_mode, return_indices)
+    result = _max_pool.max_pool2d(input[None], kernel, strides, paddings, dilations, ceil_mode, return_indices)
     return (result[0][0], result[1][0]) if return_indices else result[0]
 
 

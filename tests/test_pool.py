@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -393,12 +390,3 @@ def test_foreign_offsets_are_refused():
         raw.max_pool2d_indices(offsets.int(), (6, 6), *window)
     with pytest.raises(RuntimeError, match="divisor_override is 0"):
         raw.avg_pool2d(torch.randn(1, 2, 6, 6), *window[:3], False, True, 0)
-
-
-@pytest.mark.skipif(os.environ.get("FASTCONV_CPU_ISA") == "generic", reason="this is that run")
-def test_generic_build():
-    environment = {**os.environ, "FASTCONV_CPU_ISA": "generic"}
-    files = [os.path.join(os.path.dirname(__file__), name) for name in ("test_pool.py", "test_norm.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "sanitize", *files]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
