@@ -68,6 +68,26 @@ def test_every_small_case_is_exact():
         reference.check(problem)
 
 
+# Windows as large as the image are run as 1x1; weights of input gradients are packed in squares of eight, or tap by tap.
+EXACT = [
+    Conv(n=3, groups=groups, c_per_group=c, k_per_group=k, size=size, kernel=kernel, stride=stride,
+         padding=(padding,) * 4, integers=True, dtype=dtype, layouts=(last, last, last))
+    for (groups, c, k), (size, kernel, padding), stride, dtype, last in itertools.product(
+        [(1, 29, 37), (2, 14, 9), (1, 3, 20)],
+        [((5, 6), (5, 6), 0), ((7, 7), (1, 1), 0), ((7, 6), (3, 3), 1), ((13, 13), (5, 5), 2), ((9, 9), (3, 5), 1),
+         ((32, 32), (3, 3), 1)],
+        [(1, 1), (2, 2)],
+        [torch.float32, torch.float64],
+        [False, True],
+    )
+]  # fmt: skip
+
+
+def test_packed_cases_are_exact():
+    for problem in EXACT:
+        reference.check(problem)
+
+
 LONG = {
     # reduced lengths as in the lecture's networks: 512 x 3 x 3, 2048 pixels, 25088 is a fully connected layer as 7 x 7
     "vgg": Conv(n=1, c_per_group=512, k_per_group=70, size=(14, 14), kernel=(3, 3), padding=(1, 1, 1, 1)),

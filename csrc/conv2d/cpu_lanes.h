@@ -19,12 +19,19 @@ struct LaneRange {
   LaneRange(int64_t first, int64_t last) : begin(first), end(last) {
 #if defined(FASTCONV_SIMD_AVX2)
     constexpr int kLane = simd::kLanes<Acc>;
-    for (int i = 0; i < kLane; ++i) {
-      mask[i] = i >= begin && i < end ? -1 : 0;
-      even_low[i] = i % 2 == 0 && i / 2 >= begin && i / 2 < end ? -1 : 0;
-      even_high[i] = i % 2 == 0 && (kLane + i) / 2 >= begin && (kLane + i) / 2 < end ? -1 : 0;
-    }
+    simd::Mask<Acc> lane{};
+    for (int i = 0; i < kLane; ++i) lane[i] = i;
+    const simd::Mask<Acc> even = (lane & 1) == 0;
+    mask = between(lane, begin, end);
+    even_low = even & between(lane, 2 * begin, 2 * end);
+    even_high = even & between(lane, 2 * begin - kLane, 2 * end - kLane);
 #endif
+  }
+
+ private:
+  static FASTCONV_INLINE simd::Mask<Acc> between(simd::Mask<Acc> lane, int64_t low, int64_t high) {
+    using Lane = decltype(lane[0] + 0);
+    return (lane >= static_cast<Lane>(low)) & (lane < static_cast<Lane>(high));
   }
 };
 

@@ -55,6 +55,7 @@ template <class T>
 struct PixelLanesScratch {
   PanelPixels<acc_t<T>>* pixels;
   acc_t<T>* strip;
+  acc_t<T>* weights;  // of one tile
   acc_t<T>* sums;
 };
 
@@ -112,7 +113,7 @@ void convolve_strip(const PixelLanesJob<acc_t<T>>& job, int64_t task, const Pixe
       const int64_t m = tiles.begin(tile), rows = tiles.begin(tile + 1) - m;
       // With one block of depth a ragged panel's tile is done with at once; else it must survive until the last.
       Acc* sums = scratch.sums + (plan.blocks == 1 ? 0 : (tile - tile_begin) * panel_count * kTileRows * kColumns);
-      job.weights.set(p, group, tile, c_begin * p.tap_count, call);
+      job.weights.template set<T>(p, group, tile, c_begin, c_end, scratch.weights, call);
       convolve_channel_tile<T>(job, call, group * p.m + m, rows, panel_count, block == plan.blocks - 1, scratch, sums);
     }
   }
@@ -121,7 +122,7 @@ void convolve_strip(const PixelLanesJob<acc_t<T>>& job, int64_t task, const Pixe
 /// Scratch for the largest of the jobs.
 template <class T>
 struct PixelLanesMemory {
-  int64_t sums_bytes = 0, strip_bytes = 0, pixels_bytes = 0;
+  int64_t sums_bytes = 0, strip_bytes = 0, weights_bytes = 0, pixels_bytes = 0;
 
   void include(const GemmConv& p, const PixelLanesPlan& plan) {
     using Acc = acc_t<T>;
@@ -130,6 +131,7 @@ struct PixelLanesMemory {
     // + 1: store_run reads whole vectors past the end of a row
     sums_bytes = max_of(sums_bytes, (tiles_kept * plan.panels_per_strip * kTileRows + 1) * kColumns * kBytes);
     strip_bytes = max_of(strip_bytes, plan.panels_per_strip * plan.depth_channels * p.tap_count * kColumns * kBytes);
+    weights_bytes = max_of(weights_bytes, plan.depth_channels * p.tap_count * kTileRows * kBytes);
     pixels_bytes = max_of(pixels_bytes, plan.panels_per_strip * static_cast<int64_t>(sizeof(PanelPixels<Acc>)));
   }
 };
@@ -144,7 +146,8 @@ void convolve_pixel_lanes(const GemmConv* products, int64_t count) {
   Acc** packed = packed_memory.as<Acc*>();
   int64_t packed_elems = 0, tasks = 0;
   const int64_t panels = ceil_div(products[0].n * products[0].i * products[0].j, kTileColumns<Acc>);
-  const bool packs = should_pack_weights<T>(products[0], panels);
+  const WeightSource source = weight_source<T>(products[0], panels);
+  const bool packs = source == WeightSource::packed_once;
   for (int64_t i = 0; i < count && packs; ++i) packed_elems += packed_weight_elems(products[i]);
   Scratch weights(packed_elems * static_cast<int64_t>(sizeof(Acc)));
   PixelLanesMemory<T> memory;
@@ -154,7 +157,7 @@ void convolve_pixel_lanes(const GemmConv* products, int64_t count) {
     const PixelLanesPlan plan(p, kTileColumns<Acc>, sizeof(Acc));
     packed[i] = packs ? weights.as<Acc>() + packed_elems : nullptr;
     packed_elems += packs ? packed_weight_elems(p) : 0;
-    jobs[i] = {p, plan, {packed[i]}, tasks};
+    jobs[i] = {p, plan, {source, packed[i]}, tasks};
     tasks += p.groups * plan.strips * plan.channel_tasks;
     memory.include(p, plan);
   }
@@ -162,7 +165,9 @@ void convolve_pixel_lanes(const GemmConv* products, int64_t count) {
 
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     Scratch sums(memory.sums_bytes), strip(memory.strip_bytes), pixels(memory.pixels_bytes);
-    const PixelLanesScratch<T> scratch{pixels.as<PanelPixels<Acc>>(), strip.as<Acc>(), sums.as<Acc>()};
+    Scratch tile_weights(source == WeightSource::packed_by_strip ? memory.weights_bytes : 0);
+    const PixelLanesScratch<T> scratch{pixels.as<PanelPixels<Acc>>(), strip.as<Acc>(), tile_weights.as<Acc>(),
+                                       sums.as<Acc>()};
     int64_t job = 0;
     for (int64_t task = begin; task < end; ++task) {
       while (job + 1 < count && task >= jobs[job + 1].first_task) ++job;

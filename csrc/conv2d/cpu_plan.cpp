@@ -5,6 +5,18 @@
 namespace fastconv {
 namespace {
 
+/// A window that is the whole image sees it once: a fully connected layer, whose inputs lie in the order of its
+/// weights. As such it has one tap; as a convolution its input gradient would multiply every tap but one by padding.
+ConvProblem as_dense_layer(ConvProblem p) {
+  const bool whole = p.p() == 1 && p.q() == 1 && p.h == p.r && p.w == p.s && p.padding.top == 0 && p.padding.left == 0;
+  if (!whole || p.stride.h != 1 || p.stride.w != 1 || (p.groups > 1 && p.layout == Layout::nhwc)) return p;
+  p.c *= p.r * p.s;
+  p.h = p.w = p.r = p.s = 1;
+  p.dilation = {1, 1};
+  p.padding = {};
+  return p;
+}
+
 /// Every tap of the window in the order of the weights, reading `dilation` apart from -padding.
 std::vector<Tap> forward_taps(const ConvProblem& p) {
   const Strides4 weight = p.weight_strides();
@@ -19,8 +31,9 @@ std::vector<Tap> forward_taps(const ConvProblem& p) {
 
 }  // namespace
 
-GemmConv forward_product(const ConvProblem& p, const void* input, const void* weight, void* output,
+GemmConv forward_product(const ConvProblem& problem, const void* input, const void* weight, void* output,
                          std::vector<Tap>& taps) {
+  const ConvProblem p = as_dense_layer(problem);
   taps = forward_taps(p);
   const Strides4 w = p.weight_strides();
   GemmConv g{};
@@ -36,8 +49,9 @@ GemmConv forward_product(const ConvProblem& p, const void* input, const void* we
   return g;
 }
 
-GemmConv input_grad_product(const ConvProblem& p, Size2 phase, const void* grad_output, const void* weight,
+GemmConv input_grad_product(const ConvProblem& problem, Size2 phase, const void* grad_output, const void* weight,
                             void* grad_input, std::vector<Tap>& taps) {
+  const ConvProblem p = as_dense_layer(problem);
   // Input row a + stride * i receives from output row i + (a + pad - r * dilation) / stride where that divides exactly.
   const Strides4 w = p.weight_strides();
   taps.clear();
@@ -63,8 +77,9 @@ GemmConv input_grad_product(const ConvProblem& p, Size2 phase, const void* grad_
   return g;
 }
 
-GemmWeightGrad weight_grad_product(const ConvProblem& p, const void* grad_output, const void* input, void* grad_weight,
-                                   std::vector<Tap>& taps) {
+GemmWeightGrad weight_grad_product(const ConvProblem& problem, const void* grad_output, const void* input,
+                                   void* grad_weight, std::vector<Tap>& taps) {
+  const ConvProblem p = as_dense_layer(problem);
   taps = forward_taps(p);
   GemmWeightGrad g{};
   g.layout = p.layout;

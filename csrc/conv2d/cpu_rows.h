@@ -82,7 +82,7 @@ void convolve_rows_strip(const GemmConv& p, const RowsPlan& plan, const TileWeig
     for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
       const int64_t m = tiles.begin(tile), tile_rows = tiles.begin(tile + 1) - m;
       TileCall<acc_t<T>> call{};
-      weights.set(p, group, tile, c_begin * p.tap_count, call);
+      weights.template set<T>(p, group, tile, c_begin, c_end, nullptr, call);
       call.b_offsets = scratch.offsets;
       call.depth = (c_end - c_begin) * p.tap_count;
       call.accumulate = block > 0;
@@ -102,11 +102,11 @@ void convolve_rows(const GemmConv& p) {
   constexpr int64_t kColumns = kTileColumns<Acc>, kBytes = sizeof(Acc);
   if (p.c == 0 || p.tap_count == 0) return convolve_pixel_lanes<T>(&p, 1);
   const RowsPlan plan(p, kColumns, kBytes);
-  const bool packs = should_pack_weights<T>(p, p.n * p.i * ceil_div(p.j, kColumns));
+  const bool packs = weight_source<T>(p, p.n * p.i * ceil_div(p.j, kColumns)) != WeightSource::in_place;
   Scratch packed(packs ? packed_weight_elems(p) * kBytes : 0);
   Acc* packed_weights = packs ? packed.as<Acc>() : nullptr;
   if (packs) pack_weights<T>(&p, 1, &packed_weights);
-  const TileWeights<Acc> weights{packed_weights};
+  const TileWeights<Acc> weights{packs ? WeightSource::packed_once : WeightSource::in_place, packed_weights};
   const int64_t depth = plan.depth_channels * p.tap_count;
   Scratch offsets(depth * static_cast<int64_t>(sizeof(int64_t)));
   for (int64_t d = 0; d < depth; ++d)

@@ -175,12 +175,14 @@ struct TileTable {
 template <class Acc, Rows kOrder, Columns kColumnOrder = Columns::panel>
 inline constexpr TileTable<Acc, kOrder, kColumnOrder> kTiles{};
 
-/// Rows cut into ceil(count / kTileRows) tiles of nearly equal height: 32 rows as 6+5+5+6+5+5, because a tile of two
+/// Rows cut into ceil(count / kTileRows) tiles of nearly equal height: 32 rows as 6+6+5+5+5+5, because a tile of two
 /// rows has too few independent sums to hide the latency of an FMA and would run at half speed.
 struct RowTiles {
-  int64_t count, tiles;
-  explicit constexpr RowTiles(int64_t rows) : count(rows), tiles(ceil_div(rows, kTileRows)) {}
-  constexpr int64_t begin(int64_t tile) const { return count * tile / tiles; }
+  int64_t tiles;
+  int64_t rows, taller;  // of a tile; the first `taller` tiles have a row more
+  explicit constexpr RowTiles(int64_t count)
+      : tiles(ceil_div(count, kTileRows)), rows(tiles ? count / tiles : 0), taller(count - rows * tiles) {}
+  constexpr int64_t begin(int64_t tile) const { return tile * rows + min_of(tile, taller); }
 };
 
 }  // namespace

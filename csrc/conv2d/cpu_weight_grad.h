@@ -137,14 +137,14 @@ template <class T>
 void write_block(const GemmWeightGrad& p, const WeightGradPlan& plan, int64_t group, int64_t block, acc_t<T>* sums,
                  int64_t share_stride) {
   using Acc = acc_t<T>;
-  constexpr int64_t kColumns = kTileColumns<Acc>;
+  constexpr int64_t kColumns = kTileColumns<Acc>, kLane = simd::kLanes<Acc>;
   const int64_t channels = plan.block_channels(p, block), first_channel = block * plan.channels_per_block;
   const int64_t weights = channels * p.tap_count, per_output = p.c * p.tap_count;
   const bool nchw = p.layout == Layout::nchw;
   // Weights that lie side by side both in the sums and in the result: the block, or in NHWC its channels for one tap.
   const int64_t run = nchw ? weights : channels;
   for (int64_t panel = 0; panel < plan.panels; ++panel, sums += weights * kColumns) {
-    for (int64_t i = 0; i < weights * kColumns; i += simd::kLanes<Acc>) {
+    for (int64_t i = 0; i < weights * kColumns; i += kLane) {
       auto total = simd::load(sums + i);
       for (int64_t share = 1; share < plan.shares; ++share) total += simd::load(sums + share * share_stride + i);
       if (plan.shares > 1) simd::store<Acc>(sums + i, total);
@@ -152,9 +152,12 @@ void write_block(const GemmWeightGrad& p, const WeightGradPlan& plan, int64_t gr
     const int64_t m = panel * kColumns, lanes = min_of(kColumns, p.m - m);
     if (plan.transposed) {
       T* target = static_cast<T*>(p.grad_weight) + (group * p.c + first_channel) * p.m + m;
-      for (int64_t row = 0; row < weights; ++row)
-        for (int64_t lane = 0; lane < lanes; ++lane)
-          target[row * p.m + lane] = simd::narrow<T>(sums[row * kColumns + lane]);
+      for (int64_t row = 0; row < weights; ++row, target += p.m) {
+        int64_t lane = 0;
+        for (; lane + kLane <= lanes; lane += kLane)
+          simd::store<T>(target + lane, simd::load(sums + row * kColumns + lane));
+        for (; lane < lanes; ++lane) target[lane] = simd::narrow<T>(sums[row * kColumns + lane]);
+      }
       continue;
     }
     for (int64_t begin = 0; begin < weights; begin += run) {

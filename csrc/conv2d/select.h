@@ -38,12 +38,16 @@ inline const char* avoid_rows(const ConvProblem& p, ConvPass pass) {
   const int64_t outputs = forward ? p.k_per_group() : p.c_per_group();
   const int64_t inputs = forward ? p.c_per_group() : p.k_per_group();
   if (p.r * p.s == 1) return "a 1x1 kernel leaves nothing to unfold";
-  if (width < 16) return "rows of fewer than 16 outputs do not fill a tile";
-  // In percent of the products. Tiles that read rows where they are run about 10 percent slower (their loads straddle
+  if (width < 12) return "rows of fewer than 12 outputs do not fill a tile";
+  // In percent of the products. Tiles that read rows where they are run about 13 percent slower (their loads straddle
   // cache lines and go through a table) and waste the end of a row. Im2col spends about 5 vector operations on what a
-  // tile needs `outputs` for, 10 with a stride, and 150 on planning a tap, shared by the channels of a block.
-  const int64_t wasted = 10 + 100 * (round_up(width, 8) - width) / width;
-  const int64_t unfolding = 100 * ((forward && p.stride.w > 1 ? 10 : 5) + 150 / max_of(inputs, 1)) / max_of(outputs, 1);
+  // tile needs `outputs` for, 10 with a stride, 20 where all channels fall into the same cache sets, and 125 on
+  // planning a tap, shared by the channels of a block of depth. Measured; csrc/conv2d/README.md.
+  const int64_t plane_bytes = (forward ? p.h * p.w : p.p() * p.q()) * element_bytes(p.dtype);
+  const int64_t copying = plane_bytes % 4096 == 0 ? 20 : forward && p.stride.w > 1 ? 10 : 5;
+  const int64_t shared = max_of(1, min_of(inputs, 320 / (p.r * p.s)));
+  const int64_t wasted = 13 + 100 * (round_up(width, 8) - width) / width;
+  const int64_t unfolding = 100 * (copying * shared + 125) / (shared * max_of(outputs, 1));
   return wasted < unfolding ? nullptr : "its cut rows would waste more than im2col costs";
 }
 
