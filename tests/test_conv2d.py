@@ -15,7 +15,7 @@ from fastconv.ops import conv2d as ops
 from fastconv.stats import reset_stats, stats
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-ALGOS = ["tiled", "naive"]
+ALGOS = ["tiled", "naive", "rows"]  # rows is for NCHW
 
 
 @pytest.mark.sanitize
@@ -25,6 +25,8 @@ def test_by_hand(dtype, memory_format, algo):
     image = torch.tensor([[[[1, 2, 3], [4, 5, 6], [7, 8, 9]]]], dtype=dtype).to(memory_format=memory_format)
     weight = torch.tensor([[[[1, 2], [3, 4]]]], dtype=dtype)
     bias = torch.tensor([10], dtype=dtype)
+    if algo == "rows" and memory_format == torch.channels_last:
+        pytest.skip("rows reads NCHW")
     output = functional.conv2d(image, weight, bias, algo=algo)
     assert output.tolist() == [[[[47, 57], [77, 87]]]]
     # With padding 1 and stride 3 the four windows see the corners only.
@@ -58,6 +60,7 @@ SMALL = [
         ALGOS,
     )
     if h + padding[0] + padding[2] > dilation[0] * (r - 1) and h + 1 + padding[1] + padding[3] > dilation[1] * (s - 1)
+    and not (last and algo == "rows")
 ]  # fmt: skip
 
 
@@ -68,7 +71,7 @@ def test_every_small_case_is_exact():
         reference.check(problem)
 
 
-# Windows as large as the image are run as 1x1; weights of input gradients are packed in squares of eight, or tap by tap.
+# Windows as large as the image are run as 1x1; weights of input gradients are packed in squares of eight or by taps.
 EXACT = [
     Conv(n=3, groups=groups, c_per_group=c, k_per_group=k, size=size, kernel=kernel, stride=stride,
          padding=(padding,) * 4, integers=True, dtype=dtype, layouts=(last, last, last))
@@ -86,6 +89,21 @@ EXACT = [
 def test_packed_cases_are_exact():
     for problem in EXACT:
         reference.check(problem)
+
+
+@pytest.mark.parametrize("algo", [None, *ALGOS])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_taps_far_outside_the_image_cost_nothing(algo, stride):
+    """Copies with padding must not grow with the dilation: at 50,000 their square would not fit any memory."""
+    far = 50_000
+    x = torch.randint(-3, 4, (1, 3, 20, 33)).float().requires_grad_()
+    w = torch.randint(-3, 4, (4, 3, 3, 3)).float().requires_grad_()
+    actual = functional.conv2d(x, w, padding=far, dilation=far, stride=stride, algo=algo)
+    wanted = torch.nn.functional.conv2d(x, w[:, :, 1:2, 1:2], stride=stride)  # the only tap that sees the image
+    assert torch.equal(actual, wanted)
+    grad = torch.randint(-3, 4, wanted.shape).float()
+    for ours, theirs in zip(*(torch.autograd.grad(y, (x, w), grad) for y in (actual, wanted)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 LONG = {
@@ -146,6 +164,8 @@ def test_algo_is_obeyed_and_unknown_names_are_refused():
 @pytest.mark.parametrize("algo", ALGOS)
 def test_non_finite_numbers_spread_as_in_torch(algo, memory_format):
     """Also past the edge: a padded zero times infinity is not computed."""
+    if algo == "rows" and memory_format == torch.channels_last:
+        pytest.skip("rows reads NCHW")
     x = torch.randn(1, 3, 6, 6).to(memory_format=memory_format)
     x[0, 1, 2, 3], x[0, 0, 0, 0], x[0, 2, 5, 5] = float("nan"), float("inf"), float("-inf")
     w = torch.randn(5, 3, 3, 3)

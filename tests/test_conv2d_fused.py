@@ -109,7 +109,7 @@ def test_integers_are_exact_for_every_kernel(activation):
     params = ((2, 2), (1, 1, 1, 1), (1, 1), 2)
     residual = torch.randint(-9, 9, (2, 8, 4, 5), generator=generator).float()
     expected = reference(input, weight, scale, shift, residual, *params, "none")
-    for algo in ("naive", "tiled", None):
+    for algo in ("naive", "tiled", "rows", None):
         result = conv2d_fused(input, weight, scale, shift, residual, *params, activation, algo)
         if activation == "tanh":
             torch.testing.assert_close(result, torch.tanh(expected))

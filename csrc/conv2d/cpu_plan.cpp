@@ -17,6 +17,12 @@ ConvProblem as_dense_layer(ConvProblem p) {
   return p;
 }
 
+/// Where a tap reads, `distance` from a grid of `positions`. One that never meets the image reads zeros wherever it is,
+/// so it is moved next to it: copies with padding then stay as small as the image, whatever the dilation.
+int64_t near_image(int64_t distance, int64_t size, int64_t positions, int64_t step) {
+  return max_of(-(positions - 1) * step - 1, min_of(distance, size));
+}
+
 /// Every tap of the window in the order of the weights, reading `dilation` apart from -padding.
 std::vector<Tap> forward_taps(const ConvProblem& p) {
   const Strides4 weight = p.weight_strides();
@@ -24,8 +30,9 @@ std::vector<Tap> forward_taps(const ConvProblem& p) {
   taps.reserve(static_cast<std::size_t>(p.r * p.s));
   for (int64_t r = 0; r < p.r; ++r)
     for (int64_t s = 0; s < p.s; ++s)
-      taps.push_back(
-          {r * p.dilation.h - p.padding.top, s * p.dilation.w - p.padding.left, r * weight.h + s * weight.w});
+      taps.push_back({near_image(r * p.dilation.h - p.padding.top, p.h, p.p(), p.stride.h),
+                      near_image(s * p.dilation.w - p.padding.left, p.w, p.q(), p.stride.w),
+                      r * weight.h + s * weight.w});
   return taps;
 }
 
@@ -54,18 +61,20 @@ GemmConv input_grad_product(const ConvProblem& problem, Size2 phase, const void*
   const ConvProblem p = as_dense_layer(problem);
   // Input row a + stride * i receives from output row i + (a + pad - r * dilation) / stride where that divides exactly.
   const Strides4 w = p.weight_strides();
+  const int64_t rows = ceil_div(p.h - phase.h, p.stride.h), columns = ceil_div(p.w - phase.w, p.stride.w);
   taps.clear();
   for (int64_t r = 0; r < p.r; ++r)
     for (int64_t s = 0; s < p.s; ++s) {
       const int64_t dh = phase.h + p.padding.top - r * p.dilation.h, dw = phase.w + p.padding.left - s * p.dilation.w;
       if (dh % p.stride.h == 0 && dw % p.stride.w == 0)
-        taps.push_back({dh / p.stride.h, dw / p.stride.w, r * w.h + s * w.w});
+        taps.push_back({near_image(dh / p.stride.h, p.p(), rows, 1), near_image(dw / p.stride.w, p.q(), columns, 1),
+                        r * w.h + s * w.w});
     }
   GemmConv g{};
   g.groups = p.groups;
   g.n = p.n, g.c = p.k_per_group(), g.h = p.p(), g.w = p.q();
   g.m = p.c_per_group();
-  g.i = ceil_div(p.h - phase.h, p.stride.h), g.j = ceil_div(p.w - phase.w, p.stride.w);
+  g.i = rows, g.j = columns;
   g.step = {1, 1};
   g.x = grad_output, g.x_strides = p.output_strides();
   g.weight = weight;

@@ -25,20 +25,23 @@ struct ConvCandidate {
 
 inline const char* refuse_nothing(const ConvProblem&, ConvPass) { return nullptr; }
 
-inline const char* refuse_rows(const ConvProblem& p, ConvPass pass) {
-  if (pass == ConvPass::weight_grad) return "it has no weight gradient";
+inline const char* refuse_rows(const ConvProblem& p, ConvPass) {
   return p.layout == Layout::nchw ? nullptr : "it reads NCHW";
 }
 
 /// Direct convolution on padded rows pays where im2col is dear beside the products it serves, that is with few output
 /// or input channels, and where rows are long beside the vectors that their last tile wastes.
 inline const char* avoid_rows(const ConvProblem& p, ConvPass pass) {
+  if (pass == ConvPass::weight_grad) return "its weight gradient is that of tiled";
   const bool forward = pass == ConvPass::forward;
   const int64_t width = forward ? p.q() : ceil_div(p.w, p.stride.w);
   const int64_t outputs = forward ? p.k_per_group() : p.c_per_group();
   const int64_t inputs = forward ? p.c_per_group() : p.k_per_group();
   if (p.r * p.s == 1) return "a 1x1 kernel leaves nothing to unfold";
   if (width < 12) return "rows of fewer than 12 outputs do not fill a tile";
+  constexpr int64_t kHalo = 16;  // rows or columns; the largest kernel of a known network, 11x11, reaches over 10
+  if (p.dilation.h * (p.r - 1) > kHalo || p.dilation.w * (p.s - 1) > kHalo)
+    return "its taps lie so far apart that a padded copy would be mostly halo";
   // In percent of the products. Tiles that read rows where they are run about 13 percent slower (their loads straddle
   // cache lines and go through a table) and waste the end of a row. Im2col spends about 5 vector operations on what a
   // tile needs `outputs` for, 10 with a stride, 20 where all channels fall into the same cache sets, and 125 on
