@@ -71,7 +71,7 @@ def test_every_small_case_is_exact():
         reference.check(problem)
 
 
-# Windows as large as the image are run as 1x1; weights of input gradients are packed in squares of eight or by taps.
+# Windows as large as the image run as 1x1; weights of input gradients are packed in squares of eight, or tap by tap.
 EXACT = [
     Conv(n=3, groups=groups, c_per_group=c, k_per_group=k, size=size, kernel=kernel, stride=stride,
          padding=(padding,) * 4, integers=True, dtype=dtype, layouts=(last, last, last))

@@ -35,8 +35,8 @@ enum class WeightSource {
 /// `panels`: of pixels that every weight will meet.
 template <class T>
 WeightSource weight_source(const GemmConv& p, int64_t panels) {
-  // Packing in L1 costs a weight about as much as half a panel's products, through memory as much as three panels'.
-  if (!weights_are_rows<T>(p)) return panels < 64 ? WeightSource::packed_by_strip : WeightSource::packed_once;
+  // Packing costs a weight two panels' products where it happens in L1, for every strip again; three through memory.
+  if (!weights_are_rows<T>(p)) return panels < 24 ? WeightSource::packed_by_strip : WeightSource::packed_once;
   // Reading in place costs about 3 percent, and more where rows are a multiple of 1 KiB apart: six rows then fill most
   // ways of the few cache sets they fall into.
   const bool aliased = p.c * p.tap_count * static_cast<int64_t>(sizeof(acc_t<T>)) % 1024 == 0;
