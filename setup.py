@@ -45,6 +45,9 @@ else:
     COMPILE_FLAGS += ["-O3", "-g0"]
     LINK_FLAGS = []
 
+# The oldest torch that the libraries must load under: 2.10.0.
+TORCH_TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
+
 
 def sources(*patterns: str) -> list[str]:
     """Files under the repository that match, relative to it and in a fixed order."""
@@ -60,8 +63,7 @@ OPERATORS = Extension(
     sources("csrc/ops.cpp", "csrc/common/*.cpp", *(f"csrc/{family}/cpu*.cpp" for family in FAMILIES)),
     include_dirs=[str(ROOT / "csrc")],
     depends=headers(),
-    # The oldest torch that the library must load under: 2.10.0.
-    define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+    define_macros=[TORCH_TARGET],
     libraries=["torch", "torch_cpu", "c10"],
     extra_compile_args=COMPILE_FLAGS,
     extra_link_args=LINK_FLAGS,
@@ -75,6 +77,8 @@ INTROSPECTION = Extension(
     sources("csrc/introspect.cpp"),
     include_dirs=[str(ROOT / "csrc")],
     depends=headers(),
+    # For `python -m fastconv doctor`.
+    define_macros=[TORCH_TARGET, ("FASTCONV_COMPILE_FLAGS", f'"{" ".join(COMPILE_FLAGS)}"')],
     extra_compile_args=COMPILE_FLAGS,
     extra_link_args=LINK_FLAGS,
     language="c++",

@@ -82,15 +82,15 @@ ConvProblem conv_problem(const Shape& input, const Shape& weight, const Shape& s
 
 /// The register tile of the kernels that end in conv2d/cpu_tile.h; None for those that have none.
 py::object tile_of(const std::string& algo, const ConvProblem& p, ConvPass pass) {
-  if (algo != "tiled") return py::none();
+  if (algo != "tiled" && algo != "rows") return py::none();
   const TileShape shape = tile_shape(active_isa());
   const char* channels = pass == ConvPass::input_grad ? "input channels" : "output channels";
   py::dict tile;
   tile["rows"] = shape.rows;
   tile["columns"] = shape.columns(p.dtype);
   if (pass == ConvPass::weight_grad) {
-    tile["rows_are"] = channels;
-    tile["columns_are"] = "weights of one output channel";
+    tile["rows_are"] = "weights of one output channel";
+    tile["columns_are"] = channels;
   } else {
     tile["rows_are"] = p.layout == Layout::nchw ? channels : "pixels";
     tile["columns_are"] = p.layout == Layout::nchw ? "pixels" : channels;
@@ -185,18 +185,10 @@ py::dict build_info() {
   info["sanitized"] = false;
 #endif
   info["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
-  // Both come from setup.py; None if it does not pass them to this extension.
-#if defined(FASTCONV_COMPILE_FLAGS)
+  // Both macros come from setup.py.
   info["flags"] = FASTCONV_COMPILE_FLAGS;
-#else
-  info["flags"] = py::none();
-#endif
-#if defined(TORCH_TARGET_VERSION)
   info["torch_target"] =
       std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
-#else
-  info["torch_target"] = py::none();
-#endif
   return info;
 }
 

@@ -11,10 +11,17 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, int[2] dilation, int groups, "
       "str? algo) -> Tensor");
+  // Overloads named "eager" are the same kernels for calls that need no autograd, fake or vmap (fastconv/_eager.py). A
+  // list costs half a microsecond to pass, so that stride, padding and dilation travel as one.
+  m.def("conv2d.eager(Tensor input, Tensor weight, Tensor? bias, int[8] geometry, int groups) -> Tensor");
   // y = activation(scale * (input * weight) + shift + residual); scale and shift are (K), float32 (float64 for float64)
   m.def(
       "conv2d_fused(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[2] stride, "
       "int[4] padding, int[2] dilation, int groups, int activation, str? algo) -> Tensor");
+  m.def(
+      "conv2d_fused.eager(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
+      "geometry, "
+      "int groups, int activation) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, "
       "int[2] dilation, int groups, str? algo) -> Tensor");
@@ -27,6 +34,8 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def(
       "max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> "
       "Tensor");
+  // window: kernel, stride, padding, dilation
+  m.def("max_pool2d.eager(Tensor input, int[8] window, bool ceil_mode) -> Tensor");
   m.def(
       "max_pool2d_with_offsets(Tensor input, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, bool "
       "ceil_mode) -> (Tensor, Tensor)");
@@ -44,11 +53,16 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def(
       "avg_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, "
       "int? divisor_override) -> Tensor");
+  // window: kernel, stride, padding
+  m.def(
+      "avg_pool2d.eager(Tensor input, int[6] window, bool ceil_mode, bool count_include_pad, int? divisor_override) -> "
+      "Tensor");
   m.def(
       "avg_pool2d_backward(Tensor grad_output, SymInt[2] input_size, int[2] kernel, int[2] stride, int[2] padding, "
       "bool "
       "ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor");
   m.def("adaptive_avg_pool2d(Tensor input, SymInt[2] output_size) -> Tensor");
+  m.def("adaptive_avg_pool2d.eager(Tensor input, int[2] output_size) -> Tensor");
   m.def("adaptive_avg_pool2d_backward(Tensor grad_output, SymInt[2] input_size) -> Tensor");
 
   // y = x * d^-beta with d = k + alpha / size * (sum of x^2 over `size` neighbouring channels)

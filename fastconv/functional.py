@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from fastconv import _arguments
+from fastconv import _arguments, _eager
 from fastconv._arguments import pair
 from fastconv._library import torch_calls
 from fastconv.ops import conv2d as _conv2d
@@ -69,6 +69,10 @@ def conv2d(
         return handle_torch_function(
             conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups, algo=algo
         )
+    if algo is None:
+        quick = _eager.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if quick is not None:
+            return quick
     if _emits_aten():
         return _torch_conv2d(input, weight, bias, stride, padding, dilation, groups)
     strides, dilations = pair(stride), pair(dilation)
@@ -118,6 +122,10 @@ def max_pool2d(
         return handle_torch_function(
             max_pool2d, (input,), input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
+    if return_indices is False:
+        quick = _eager.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+        if quick is not None:
+            return quick
     arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     if _emits_aten():
         return _torch_max_pool2d(*arguments)
@@ -171,6 +179,9 @@ def avg_pool2d(
             divisor_override,
         )
     arguments = (input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    quick = _eager.avg_pool2d(*arguments)
+    if quick is not None:
+        return quick
     if _emits_aten():
         return _torch_avg_pool2d(*arguments)
     kernel, paddings = pair(kernel_size), pair(padding)
@@ -201,6 +212,9 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
     """
     if has_torch_function_unary(input):
         return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
+    quick = _eager.adaptive_avg_pool2d(input, output_size)
+    if quick is not None:
+        return quick
     if _emits_aten():
         return _torch_adaptive_avg_pool2d(input, output_size)
     refusal = _arguments.tensor_refusal("adaptive_avg_pool2d", "input", input)

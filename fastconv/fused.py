@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from fastconv import _arguments, functional
+from fastconv import _arguments, _eager, functional
 from fastconv._library import torch_calls
 from fastconv.layers import Conv2d
 from fastconv.ops import conv2d_fused as _conv2d_fused
@@ -64,7 +64,10 @@ def fused_conv2d(
         params = (stride, padding, dilation, groups, activation)
         result: Tensor = handle_torch_function(fused_conv2d, operands, *operands, *params)
         return result
-    _conv2d_fused.activation_code(activation)
+    code = _conv2d_fused.activation_code(activation)
+    quick = _eager.conv2d_fused(*operands, stride, padding, dilation, groups, code)
+    if quick is not None:
+        return quick
     cast = functional._autocast(input)
     if cast is not None:
         input, weight = functional._lower(input, cast), functional._lower(weight, cast)

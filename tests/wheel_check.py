@@ -38,7 +38,11 @@ for theirs, ours in pairs:
         x.grad = None
         y = layer(x)
         y.square().sum().backward()
-        results.append([y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())])
+        with torch.no_grad():
+            plain = layer(x)
+        per_image = torch.func.vmap(layer)(x.detach()[:, None])
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        results.append([y.detach(), plain, per_image, compiled, x.grad, *(value.grad for value in layer.parameters())])
     for wanted, got in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 stats = fastconv.stats()

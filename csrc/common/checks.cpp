@@ -5,17 +5,15 @@ namespace fastconv {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d > 0 ? ", " : "") << tensor.size(d);
-  text << ')';
-  return text.str();
+std::ostream& operator<<(std::ostream& out, ShapeText shape) {
+  out << '(';
+  for (int64_t d = 0; d < shape.tensor.dim(); ++d) out << (d > 0 ? ", " : "") << shape.tensor.size(d);
+  return out << ')';
 }
 
 void require_cpu(const char* op, const char* name, const Tensor& tensor, int64_t rank) {
   require(tensor.is_cpu(), op, ": ", name, " is not on the CPU; move all tensors of the call to one device");
-  require(tensor.dim() == rank, op, ": ", name, " has shape ", shape_text(tensor), ", expected ", rank, " dimensions");
+  require(tensor.dim() == rank, op, ": ", name, " has shape ", ShapeText{tensor}, ", expected ", rank, " dimensions");
 }
 
 void require_same_dtype(const char* op, const Tensor& input, const char* name, const Tensor& other) {
@@ -30,7 +28,7 @@ void require_shape(const char* op, const char* name, const Tensor& tensor, std::
   if (same) return;
   std::ostringstream text;
   for (int64_t size : wanted) text << (text.tellp() > 0 ? ", " : "") << size;
-  require(false, op, ": ", name, " has shape ", shape_text(tensor), ", expected (", text.str(), ")");
+  require(false, op, ": ", name, " has shape ", ShapeText{tensor}, ", expected (", text.str(), ")");
 }
 
 DType dtype_of(const char* op, const Tensor& tensor) {

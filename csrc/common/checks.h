@@ -18,6 +18,12 @@ namespace fastconv {
 using torch::stable::Tensor;
 using IntList = std::vector<int64_t>;
 
+/// Prints a tensor's shape, if it comes to printing: checks pass on every call, and their texts must not cost anything.
+struct ShapeText {
+  const Tensor& tensor;
+};
+std::ostream& operator<<(std::ostream& out, ShapeText shape);
+
 template <class... Parts>
 std::string message(const Parts&... parts) {
   std::ostringstream text;
@@ -31,8 +37,6 @@ void require(bool condition, const Parts&... parts) {
   if (!condition) [[unlikely]]
     throw std::runtime_error(message(parts...));
 }
-
-std::string shape_text(const Tensor& tensor);
 
 /// Raises unless the tensor is on the CPU and of `rank` dimensions.
 void require_cpu(const char* op, const char* name, const Tensor& tensor, int64_t rank);

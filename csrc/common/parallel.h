@@ -12,7 +12,7 @@ using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
 int64_t thread_count();
 
-/// body(begin, end) over chunks of at least `grain`, on torch's intra-op threads. `body` must not throw.
+/// body(begin, end) over chunks of at least `grain`, on torch's intra-op threads. Rethrows the first exception.
 template <class Body>
 FASTCONV_INLINE void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   parallel_ranges(

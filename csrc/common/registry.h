@@ -9,8 +9,10 @@ namespace fastconv {
 #define FASTCONV_CPU_KERNELS(X)                                           \
   X(conv2d_naive, "conv2d", "naive")                                      \
   X(conv2d_tiled, "conv2d", "tiled")                                      \
+  X(conv2d_rows, "conv2d", "rows")                                        \
   X(conv2d_input_grad_naive, "conv2d_input_grad", "naive")                \
   X(conv2d_input_grad_tiled, "conv2d_input_grad", "tiled")                \
+  X(conv2d_input_grad_rows, "conv2d_input_grad", "rows")                  \
   X(conv2d_weight_grad_naive, "conv2d_weight_grad", "naive")              \
   X(conv2d_weight_grad_tiled, "conv2d_weight_grad", "tiled")              \
   X(conv2d_bias_grad, "conv2d_bias_grad", "rows")                         \

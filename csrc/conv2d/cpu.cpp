@@ -1,6 +1,7 @@
 // Host functions of the convolution ops on the CPU: check, describe the problem, select, launch.
 #include <cstring>
 #include <optional>
+#include <utility>
 
 #include "common/checks.h"
 #include "common/kernel_table.h"
@@ -123,7 +124,8 @@ Tensor convolve(const char* op, const Tensor& input, const Tensor& weight, ConvP
   GemmConv product = forward_product(p, x.const_data_ptr(), w.const_data_ptr(), output.mutable_data_ptr(), taps);
   product.epilogue = epilogue;
   if (kernel == Kernel::conv2d_naive) conv2d_kernels()->naive(product, p.dtype);
-  else conv2d_kernels()->tiled(product, p.layout, p.dtype);
+  else if (kernel == Kernel::conv2d_rows) conv2d_kernels()->rows(product, p.dtype);
+  else conv2d_kernels()->tiled(&product, 1, p.layout, p.dtype);
   return output;
 }
 
@@ -134,6 +136,25 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, std::optional<Tensor> b
   return convolve("conv2d", input, weight, p, Activation::none, std::nullopt, bias, std::nullopt, algo_name(algo));
 }
 
+/// Stride, padding and dilation, which travel as one list on the short way. It leaves empty tensors to the long one:
+/// torch treats them case by case.
+struct Geometry {
+  IntList stride, padding, dilation;
+
+  Geometry(const Tensor& input, const Tensor& weight, const IntList& numbers) {
+    require(input.numel() > 0 && weight.numel() > 0, "fastconv: input or weight is empty; call the default overload");
+    require(numbers.size() == 8, "fastconv: geometry has ", numbers.size(), " values, expected 8");
+    const auto begin = numbers.begin();
+    stride.assign(begin, begin + 2), padding.assign(begin + 2, begin + 6), dilation.assign(begin + 6, begin + 8);
+  }
+};
+
+Tensor conv2d_eager(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList geometry,
+                    int64_t groups) {
+  const Geometry g(input, weight, geometry);
+  return conv2d(input, weight, std::move(bias), g.stride, g.padding, g.dilation, groups, std::nullopt);
+}
+
 Tensor conv2d_fused(const Tensor& input, const Tensor& weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
                     std::optional<Tensor> residual, IntList stride, IntList padding, IntList dilation, int64_t groups,
                     int64_t activation, std::optional<std::string> algo) {
@@ -142,6 +163,14 @@ Tensor conv2d_fused(const Tensor& input, const Tensor& weight, std::optional<Ten
           activation, ", expected 0 (none), 1 (relu), 2 (relu6) or 3 (tanh)");
   return convolve("conv2d_fused", input, weight, p, static_cast<Activation>(activation), scale, shift, residual,
                   algo_name(algo));
+}
+
+Tensor conv2d_fused_eager(const Tensor& input, const Tensor& weight, std::optional<Tensor> scale,
+                          std::optional<Tensor> shift, std::optional<Tensor> residual, IntList geometry, int64_t groups,
+                          int64_t activation) {
+  const Geometry g(input, weight, geometry);
+  return conv2d_fused(input, weight, std::move(scale), std::move(shift), std::move(residual), g.stride, g.padding,
+                      g.dilation, groups, activation, std::nullopt);
 }
 
 Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight, IntList input_size, IntList stride,
@@ -167,14 +196,20 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& weight, IntLis
     depthwise_kernels()->input_grad(p, grad.const_data_ptr(), w.const_data_ptr(), grad_input.mutable_data_ptr());
     return grad_input;
   }
-  std::vector<Tap> taps;
-  for (int64_t a = 0; a < min_of(p.stride.h, p.h); ++a)
-    for (int64_t b = 0; b < min_of(p.stride.w, p.w); ++b) {
-      const GemmConv product =
-          input_grad_product(p, {a, b}, grad.const_data_ptr(), w.const_data_ptr(), grad_input.mutable_data_ptr(), taps);
-      if (kernel == Kernel::conv2d_input_grad_naive) conv2d_kernels()->naive(product, p.dtype);
-      else conv2d_kernels()->tiled(product, p.layout, p.dtype);
-    }
+  const int64_t rows = min_of(p.stride.h, p.h), columns = min_of(p.stride.w, p.w);
+  std::vector<std::vector<Tap>> taps(static_cast<std::size_t>(rows * columns));
+  std::vector<GemmConv> phases;
+  phases.reserve(taps.size());
+  for (int64_t a = 0; a < rows; ++a)
+    for (int64_t b = 0; b < columns; ++b)
+      phases.push_back(input_grad_product(p, {a, b}, grad.const_data_ptr(), w.const_data_ptr(),
+                                          grad_input.mutable_data_ptr(), taps[phases.size()]));
+  if (kernel == Kernel::conv2d_input_grad_tiled) {
+    conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype);
+    return grad_input;
+  }
+  for (const GemmConv& phase : phases)
+    (kernel == Kernel::conv2d_input_grad_rows ? conv2d_kernels()->rows : conv2d_kernels()->naive)(phase, p.dtype);
   return grad_input;
 }
 
@@ -235,7 +270,9 @@ Tensor conv2d_bias_grad(const Tensor& grad_output) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&fastconv::conv2d));
+  m.impl("conv2d.eager", TORCH_BOX(&fastconv::conv2d_eager));
   m.impl("conv2d_fused", TORCH_BOX(&fastconv::conv2d_fused));
+  m.impl("conv2d_fused.eager", TORCH_BOX(&fastconv::conv2d_fused_eager));
   m.impl("conv2d_input_grad", TORCH_BOX(&fastconv::conv2d_input_grad));
   m.impl("conv2d_weight_grad", TORCH_BOX(&fastconv::conv2d_weight_grad));
   m.impl("conv2d_bias_grad", TORCH_BOX(&fastconv::conv2d_bias_grad));

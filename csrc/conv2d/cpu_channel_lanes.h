@@ -10,6 +10,31 @@
 namespace fastconv {
 namespace {
 
+/// Up to kTileColumns pixels: grid positions numbered n * I * J + i * J + j from `first`.
+template <class Acc>
+struct PixelPositions {
+  int64_t count;                   // at most kTileColumns; the rest of the panel is zeros
+  int64_t row[kTileColumns<Acc>];  // input row and column of tap (0, 0)
+  int64_t column[kTileColumns<Acc>];
+  int64_t x_offset[kTileColumns<Acc>];  // of that input element, if it were inside
+  int64_t y_offset[kTileColumns<Acc>];
+
+  void locate(const GemmConv& p, int64_t first, int64_t total) {
+    count = min_of(kTileColumns<Acc>, total - first);
+    int64_t n = first / (p.i * p.j), i = first / p.j % p.i, j = first % p.j;
+    for (int64_t lane = 0; lane < count; ++lane) {
+      row[lane] = i * p.step.h;
+      column[lane] = j * p.step.w;
+      x_offset[lane] = n * p.x_strides.n + row[lane] * p.x_strides.h + column[lane] * p.x_strides.w;
+      y_offset[lane] = p.y_offset + n * p.y_strides.n + i * p.y_strides.h + j * p.y_strides.w;
+      if (++j == p.j) {
+        j = 0;
+        if (++i == p.i) i = 0, ++n;
+      }
+    }
+  }
+};
+
 /// Panels [group][m / kTileColumns][tap][c][kTileColumns], zero where m ends.
 template <class T>
 void pack_weight_panels(const GemmConv& p, acc_t<T>* panels) {
@@ -36,7 +61,7 @@ void pack_weight_panels(const GemmConv& p, acc_t<T>* panels) {
 
 /// Depth [begin, end) of the flattened (tap, c) axis for `pixels.count` pixels, one row of end - begin each.
 template <class T>
-void gather_rows(const GemmConv& p, const PanelPixels<acc_t<T>>& pixels, const T* x, int64_t begin, int64_t end,
+void gather_rows(const GemmConv& p, const PixelPositions<acc_t<T>>& pixels, const T* x, int64_t begin, int64_t end,
                  acc_t<T>* rows) {
   using Acc = acc_t<T>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
@@ -137,7 +162,7 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
     const bool last = end == plan.depth;
     const Acc* rows = scratch.rows;
     int64_t row_stride = end - begin;
-    PanelPixels<Acc> pixels;
+    PixelPositions<Acc> pixels;
     for (int64_t pixel = 0; pixel < count; pixel += kColumns) {
       if (in_place && begin > 0) break;
       pixels.locate(p, first + pixel, first + count);
@@ -156,8 +181,11 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
         Acc* tile = plan.depth_block >= plan.depth
                         ? scratch.sums
                         : scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
-        tiles.at(live, columns)(rows + pixel * row_stride, row_stride, b, end - begin, begin == 0 ? nullptr : tile,
-                                tile);
+        TileCall<Acc> call{};
+        call.a = rows + pixel * row_stride, call.a_stride = row_stride;
+        call.b = b, call.depth = end - begin;
+        call.out = tile, call.out_stride = kColumns, call.accumulate = begin > 0;
+        tiles.at(live, columns)(call);
         if (last) store_channel_tile<T>(p, scratch.y_offsets + pixel, tile, group * p.m + m, live, columns);
       }
     }

@@ -3,6 +3,7 @@
 
 #include "conv2d/cpu_channel_lanes.h"
 #include "conv2d/cpu_pixel_lanes.h"
+#include "conv2d/cpu_rows.h"
 #include "conv2d/cpu_weight_grad.h"
 
 namespace fastconv {
@@ -58,12 +59,14 @@ inline constexpr Conv2dKernels kConv2dKernels = {
     [](const GemmWeightGrad& p, DType dtype) {
       for_dtype(dtype, [&](auto type) { weight_grad_naive<decltype(type)>(p); });
     },
-    [](const GemmConv& p, Layout layout, DType dtype) {
+    [](const GemmConv* products, int64_t count, Layout layout, DType dtype) {
       for_dtype(dtype, [&](auto type) {
-        if (layout == Layout::nchw) convolve_pixel_lanes<decltype(type)>(p);
-        else convolve_channel_lanes<decltype(type)>(p);
+        using T = decltype(type);
+        if (layout == Layout::nchw) return convolve_pixel_lanes<T>(products, count);
+        for (int64_t i = 0; i < count; ++i) convolve_channel_lanes<T>(products[i]);
       });
     },
+    [](const GemmConv& p, DType dtype) { for_dtype(dtype, [&](auto type) { convolve_rows<decltype(type)>(p); }); },
     [](const GemmWeightGrad& p, DType dtype) {
       for_dtype(dtype, [&](auto type) { weight_grad_tiled<decltype(type)>(p); });
     },

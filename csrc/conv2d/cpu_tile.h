@@ -1,6 +1,6 @@
 // The register tile: kTileRows x kTileColumns sums kept in registers while the depth runs.
 //
-//   out[row, column] = init[row, column] + sum over d of a[row, d] * b[d, column]
+//   out[row, column] = (accumulate ? out[row, column] : 0) + sum over d of a[row, d] * b[d, column]
 //
 // Every convolution pass ends here. One step of depth loads kTileVectors vectors of b, broadcasts one element of a per
 // row and issues rows * vectors fused multiply-adds; with 6 x 2 on AVX2 that is 8 loads for 12 FMAs, so the two FMA
@@ -29,46 +29,128 @@ inline constexpr int kTileVectors = 2;
 template <class Acc>
 inline constexpr int kTileColumns = kTileVectors * simd::kLanes<Acc>;
 
-/// How a is stored: element (row, d) at a[row * stride + d], or at a[d * stride + row].
-enum class Rows { depth_contiguous, row_contiguous };
+/// Where element (row, d) of a lies: a[row * a_stride + d], a[d * kTileRows + row], or
+/// a[a_row_offsets[row] + a_depth_offsets[d]].
+enum class Rows { depth_contiguous, row_contiguous, offsets };
 
-/// `b` is a panel of kTileColumns per step of depth, 64-byte aligned; `init` (or null for zeros) and `out` are tiles of
-/// kTileColumns per row, aligned likewise, and may be the same.
+/// Where the columns of step d of b lie, side by side: at b[d * kTileColumns] or at b[b_offsets[d]].
+enum class Columns { panel, offsets };
+
+/// All distances are in elements; nothing needs to be aligned.
 template <class Acc>
-using TileFunction = void (*)(const Acc* a, int64_t a_stride, const Acc* b, int64_t depth, const Acc* init, Acc* out);
+struct TileCall {
+  const Acc* a;
+  int64_t a_stride;
+  const int64_t* a_row_offsets;
+  const int64_t* a_depth_offsets;
+  const Acc* b;
+  const int64_t* b_offsets;
+  int64_t depth;
+  Acc* out;
+  int64_t out_stride;
+  bool accumulate;
+};
 
-template <class Acc, int kRows, int kVectors, Rows kOrder>
-__attribute__((noinline)) void multiply_tile(const Acc* a, int64_t a_stride, const Acc* b, int64_t depth,
-                                             const Acc* init, Acc* out) {
+template <class Acc>
+using TileFunction = void (*)(const TileCall<Acc>&);
+
+/// The elements of a that one step of depth needs. Twelve rows have more addresses than x86 has registers, so each
+/// order says which of them are worth one: what the compiler spills on its own goes through the FMA ports (vmovq).
+template <class Acc, int kRows, Rows kOrder>
+struct RowElements;
+
+/// Three rows share a pointer: base, base + stride, base + 2 * stride are all one addressing mode.
+template <class Acc, int kRows>
+struct RowElements<Acc, kRows, Rows::depth_contiguous> {
+  static constexpr int kShare = 3, kPointers = (kRows + kShare - 1) / kShare;
+  const Acc* pointers[kPointers];
+  int64_t stride;
+
+  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call) : stride(call.a_stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) {
+      pointers[i] = call.a + i * kShare * stride;
+      asm("" : "+r"(pointers[i]));  // else gcc sees that they are related and makes one per row again
+    }
+  }
+  FASTCONV_INLINE void seek(int64_t) {}
+  FASTCONV_INLINE Acc at(int row) const { return pointers[row / kShare][row % kShare * stride]; }
+  FASTCONV_INLINE void advance() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) ++pointers[i];
+  }
+};
+
+/// One pointer: the rows are constants in the address.
+template <class Acc, int kRows>
+struct RowElements<Acc, kRows, Rows::row_contiguous> {
+  const Acc* pointer;
+
+  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call) : pointer(call.a) {}
+  FASTCONV_INLINE void seek(int64_t) {}
+  FASTCONV_INLINE Acc at(int row) const { return pointer[row]; }
+  FASTCONV_INLINE void advance() { pointer += kTileRows; }
+};
+
+/// The first rows have a pointer each; of more than nine the others' offsets are read again at every step.
+template <class Acc, int kRows>
+struct RowElements<Acc, kRows, Rows::offsets> {
+  static constexpr int kHeld = kRows <= 9 ? kRows : 6;
+  const Acc* held[kHeld];
+  const Acc* base;
+  const int64_t* depth_offsets;
+  const volatile int64_t* row_offsets;  // volatile: not to be held in registers that do not exist
+  int64_t index = 0;
+
+  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call)
+      : base(call.a), depth_offsets(call.a_depth_offsets), row_offsets(call.a_row_offsets) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kHeld; ++row) held[row] = call.a + call.a_row_offsets[row];
+  }
+  FASTCONV_INLINE void seek(int64_t d) { index = depth_offsets[d]; }
+  FASTCONV_INLINE Acc at(int row) const {
+    if (row < kHeld) return held[row][index];
+    return base[index + row_offsets[row]];
+  }
+  FASTCONV_INLINE void advance() {}
+};
+
+template <class Acc, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder>
+__attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
   using V = simd::Vec<Acc>;
   constexpr int kLane = simd::kLanes<Acc>;
-  constexpr int kColumns = kTileColumns<Acc>;
+  const int64_t depth = call.depth;
+  const int64_t* b_offsets = call.b_offsets;
+  const Acc* b = call.b;
+  RowElements<Acc, kRows, kOrder> a(call);
   V sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
-      sums[row][v] = init ? *reinterpret_cast<const V*>(init + row * kColumns + v * kLane) : V{};
+      sums[row][v] = call.accumulate ? simd::load(call.out + row * call.out_stride + v * kLane) : V{};
   for (int64_t d = 0; d < depth; ++d) {
+    const Acc* step = kColumnOrder == Columns::offsets ? b + b_offsets[d] : b + d * kTileColumns<Acc>;
+    a.seek(d);
     V columns[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) columns[v] = *reinterpret_cast<const V*>(b + d * kColumns + v * kLane);
+    for (int v = 0; v < kVectors; ++v) columns[v] = simd::load(step + v * kLane);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      const Acc element = kOrder == Rows::depth_contiguous ? a[row * a_stride + d] : a[d * a_stride + row];
-      const V value = simd::broadcast(element);
+      const V value = simd::broadcast(a.at(row));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::fma<Acc>(value, columns[v], sums[row][v]);
     }
+    a.advance();
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(out + row * kColumns + v * kLane) = sums[row][v];
+    for (int v = 0; v < kVectors; ++v) simd::store<Acc>(call.out + row * call.out_stride + v * kLane, sums[row][v]);
 }
 
 /// Tiles for 1..kTileRows rows and 1..kTileVectors vectors: edges do not pay for a full tile.
-template <class Acc, Rows kOrder>
+template <class Acc, Rows kOrder, Columns kColumnOrder>
 struct TileTable {
   TileFunction<Acc> functions[kTileRows + 1][kTileVectors + 1] = {};
 
@@ -85,13 +167,21 @@ struct TileTable {
   }
   template <int kRows, int kVectors>
   constexpr void fill_vectors() {
-    functions[kRows][kVectors] = &multiply_tile<Acc, kRows, kVectors, kOrder>;
+    functions[kRows][kVectors] = &multiply_tile<Acc, kRows, kVectors, kOrder, kColumnOrder>;
     if constexpr (kVectors < kTileVectors) fill_vectors<kRows, kVectors + 1>();
   }
 };
 
-template <class Acc, Rows kOrder>
-inline constexpr TileTable<Acc, kOrder> kTiles{};
+template <class Acc, Rows kOrder, Columns kColumnOrder = Columns::panel>
+inline constexpr TileTable<Acc, kOrder, kColumnOrder> kTiles{};
+
+/// Rows cut into ceil(count / kTileRows) tiles of nearly equal height: 32 rows as 6+5+5+6+5+5, because a tile of two
+/// rows has too few independent sums to hide the latency of an FMA and would run at half speed.
+struct RowTiles {
+  int64_t count, tiles;
+  explicit constexpr RowTiles(int64_t rows) : count(rows), tiles(ceil_div(rows, kTileRows)) {}
+  constexpr int64_t begin(int64_t tile) const { return count * tile / tiles; }
+};
 
 }  // namespace
 }  // namespace fastconv

@@ -1,142 +1,215 @@
-// The weight gradient as implicit GEMM: rows of a tile are output channels, columns are (input channel, tap) pairs, and
-// the depth runs over pixels.
+// The weight gradient as implicit GEMM with output channels in lanes: rows of a tile are weights of one output channel,
+// (input channel, tap) pairs, and the depth runs over pixels.
 //
-// A task owns a range of columns and one share of the (image, pixel) range, and keeps that part of the gradient in its
-// own sums. Shares are added in order at the end, and their number depends on the problem alone: results do not change
-// from run to run, nor with the number of threads.
+// Of the two operands only grad_y must be rearranged, into panels [pixel][kTileColumns channels]: once per pixel, not
+// once per pixel and tap. x is broadcast element by element, so a tap is nothing but another start address in a copy of
+// the input with its padding around it (or in the input itself if it has none).
+//
+// A task owns a block of input channels and one share of the pixels. Shares are added in order at the end, and their
+// number depends on the problem alone: results do not change from run to run, nor with the number of threads.
 #pragma once
 
-#include "conv2d/cpu_pack.h"
+#include "conv2d/cpu_input_copy.h"
+#include "conv2d/cpu_transpose.h"
 
 namespace fastconv {
 namespace {
 
 struct WeightGradPlan {
-  int64_t columns;  // c * taps
-  int64_t panels, panels_per_task, panel_tasks;
-  int64_t chunk, chunks_per_image, chunks;  // pixels reduced at a time, within one image
+  InputCopy input;
+  int64_t images_per_chunk, rows_per_chunk, chunks_per_image, chunks;  // pixels reduced at a time
+  int64_t channels_per_block, blocks;                                  // input channels
+  int64_t panels;                                                      // of output channels
   int64_t shares;
+  bool transposed;  // the roles of input and grad_y are exchanged
 
-  WeightGradPlan(const GemmWeightGrad& p, int64_t tile_columns) {
-    constexpr int64_t kChunk = 256, kPanelsPerTask = 8, kTasks = 64;
-    columns = p.c * p.tap_count;
-    panels = ceil_div(columns, tile_columns);
-    panels_per_task = min_of(panels, kPanelsPerTask);
-    panel_tasks = ceil_div(panels, panels_per_task);
-    chunks_per_image = ceil_div(p.i * p.j, kChunk);
-    chunk = ceil_div(p.i * p.j, chunks_per_image);
-    chunks = p.n * chunks_per_image;
-    // A share is worth its own sums only if it has more products to add than sums to keep.
-    const int64_t worthwhile = max_of(1, p.n * p.i * p.j / 512);
-    shares = min_of(min_of(ceil_div(kTasks, p.groups * panel_tasks), chunks), worthwhile);
+  WeightGradPlan(const GemmWeightGrad& p, int64_t tile_columns, bool same_type, int64_t element_bytes)
+      : input(p, same_type, ceil_div(p.m, tile_columns)), transposed(false) {
+    constexpr int64_t kChunk = 256;  // a panel of 16 KiB and six rows of input share a 32 KiB L1
+    constexpr int64_t kCopyBytes = 160 * 1024, kTasks = 16, kPixelsPerShare = 1024;
+    constexpr int64_t kFewestWeights = 96;  // packing a pixel of grad_y costs about as much as six rows of products
+    rows_per_chunk = min_of(p.i, ceil_div(p.i, ceil_div(p.i * p.j, kChunk)));
+    images_per_chunk = rows_per_chunk < p.i ? 1 : min_of(p.n, max_of(1, kChunk / (p.i * p.j)));
+    chunks_per_image = ceil_div(p.i, rows_per_chunk);
+    chunks = ceil_div(p.n, images_per_chunk) * chunks_per_image;
+    input.set_chunk(images_per_chunk, rows_per_chunk);
+    panels = ceil_div(p.m, tile_columns);
+    // A share is worth its own sums only if it has far more products to add than sums to keep.
+    const int64_t most_shares = max_of(1, min_of(chunks, p.n * p.i * p.j / kPixelsPerShare));
+    const int64_t fitting = max_of(1, kCopyBytes / (images_per_chunk * input.channel_elems() * element_bytes));
+    const int64_t fewest_channels = min_of(p.c, ceil_div(kFewestWeights, p.tap_count));
+    const int64_t wanted = min_of(ceil_div(kTasks, p.groups * most_shares), p.c / fewest_channels);
+    channels_per_block = input.set_block(p, ceil_div(p.c, max_of(ceil_div(p.c, fitting), wanted)));
+    blocks = ceil_div(p.c, channels_per_block);
+    shares = min_of(most_shares, ceil_div(kTasks, p.groups * blocks));
+  }
+
+  ImageRows chunk(const GemmWeightGrad& p, int64_t index) const {
+    const int64_t image = index / chunks_per_image * images_per_chunk;
+    const int64_t row = index % chunks_per_image * rows_per_chunk;
+    return {image, min_of(images_per_chunk, p.n - image), row, min_of(rows_per_chunk, p.i - row)};
+  }
+  int64_t block_channels(const GemmWeightGrad& p, int64_t block) const {
+    return min_of(channels_per_block, p.c - block * channels_per_block);
+  }
+  /// Sums of one task: [panel][weight of the block][kTileColumns].
+  int64_t task_sums(const GemmWeightGrad& p, int64_t tile_columns) const {
+    return panels * channels_per_block * p.tap_count * tile_columns;
   }
 };
 
-/// One panel for pixels [begin, end) of an image: panel[pixel][lane] = x at (pixel, column first + lane).
+inline bool is_pointwise(const GemmWeightGrad& p) {
+  return p.tap_count == 1 && p.taps[0].dh == 0 && p.taps[0].dw == 0 && p.step.h == 1 && p.step.w == 1 && p.i == p.h &&
+         p.j == p.w;
+}
+
+/// Of a 1x1 convolution without stride either operand may be the one that is rearranged: x and grad_y exchanged give
+/// the transposed gradient.
+inline GemmWeightGrad exchanged(GemmWeightGrad p) {
+  const GemmWeightGrad original = p;
+  p.c = original.m, p.m = original.c;
+  p.x = original.grad_y, p.x_strides = original.grad_y_strides;
+  p.grad_y = original.x, p.grad_y_strides = original.x_strides;
+  return p;
+}
+
+/// grad_y as a panel: [pixel of the chunk][lane], channels m, m + 1, ... of a group; unused lanes are not written.
 template <class T>
-void pack_columns(const GemmWeightGrad& p, const T* image, int64_t first, int64_t begin, int64_t end, acc_t<T>* panel) {
+void pack_gradient_panel(const GemmWeightGrad& p, const ImageRows& chunk, int64_t group, int64_t m, int64_t lanes,
+                         acc_t<T>* panel) {
   using Acc = acc_t<T>;
-  constexpr int64_t kColumns = kTileColumns<Acc>;
-  const int64_t live = min_of(kColumns, p.c * p.tap_count - first);
-  int64_t dh[kColumns], dw[kColumns], offset[kColumns];
-  bool one_tap = p.layout == Layout::nhwc && live == kColumns && first / p.c == (first + live - 1) / p.c;
-  for (int64_t lane = 0; lane < live; ++lane) {
-    const int64_t column = first + lane;
-    const int64_t c = p.layout == Layout::nchw ? column / p.tap_count : column % p.c;
-    const Tap& tap = p.taps[p.layout == Layout::nchw ? column % p.tap_count : column / p.c];
-    dh[lane] = tap.dh;
-    dw[lane] = tap.dw;
-    offset[lane] = c * p.x_strides.c + tap.dh * p.x_strides.h + tap.dw * p.x_strides.w;
-  }
-  for (int64_t pixel = begin; pixel < end; ++pixel, panel += kColumns) {
-    const int64_t row = pixel / p.j * p.step.h, column = pixel % p.j * p.step.w;
-    const T* x = image + row * p.x_strides.h + column * p.x_strides.w;
-    if (one_tap) {
-      const bool reads = inside(row + dh[0], p.h) && inside(column + dw[0], p.w);
-      for (int64_t lane = 0; lane < kColumns; lane += simd::kLanes<Acc>)
-        simd::store<Acc>(panel + lane, reads ? simd::load(x + offset[0] + lane) : simd::zero<Acc>());
+  constexpr int64_t kColumns = kTileColumns<Acc>, kLane = simd::kLanes<Acc>;
+  const int64_t pixels = chunk.row_count * p.j;
+  for (int64_t image = 0; image < chunk.image_count; ++image, panel += pixels * kColumns) {
+    const T* grad = static_cast<const T*>(p.grad_y) + (chunk.image + image) * p.grad_y_strides.n +
+                    (group * p.m + m) * p.grad_y_strides.c + chunk.row * p.grad_y_strides.h;
+    if (p.layout == Layout::nchw) {
+      transpose_rows<T>(grad, p.grad_y_strides.c, lanes, pixels, panel, kColumns);
       continue;
     }
-    for (int64_t lane = 0; lane < live; ++lane)
-      panel[lane] =
-          inside(row + dh[lane], p.h) && inside(column + dw[lane], p.w) ? simd::widen(x[offset[lane]]) : Acc(0);
-    for (int64_t lane = live; lane < kColumns; ++lane) panel[lane] = Acc(0);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel)
+      for (int64_t lane = 0; lane < lanes; lane += kLane) {
+        const T* source = grad + pixel * p.grad_y_strides.w + lane;
+        simd::store<Acc>(panel + pixel * kColumns + lane,
+                         lane + kLane <= lanes ? simd::load(source) : simd::load_first(source, lanes - lane));
+      }
   }
 }
 
-/// grad_y for pixels [begin, end) of an image as rows of channels: rows[m][pixel].
-template <class T>
-void pack_gradient_rows(const GemmWeightGrad& p, const T* grad, int64_t begin, int64_t end, acc_t<T>* rows) {
-  const int64_t length = end - begin;
-  for (int64_t m = 0; m < p.m; ++m)
-    for (int64_t pixel = begin; pixel < end; ++pixel)
-      rows[m * length + pixel - begin] = simd::widen(
-          grad[m * p.grad_y_strides.c + pixel / p.j * p.grad_y_strides.h + pixel % p.j * p.grad_y_strides.w]);
-}
+template <class Acc>
+struct WeightGradScratch {
+  Acc* copy;   // of the input
+  Acc* panel;  // of grad_y
+  int64_t* row_offsets;
+  const int64_t* depth_offsets;
+};
 
-/// Adds one chunk of pixels to the sums of panels [panel_begin, panel_end): sums[panel][m][kTileColumns].
+/// Adds one chunk of pixels to the sums of a block of channels; the first chunk starts them.
 template <class T>
-void add_chunk(const GemmWeightGrad& p, const WeightGradPlan& plan, int64_t group, int64_t chunk, int64_t panel_begin,
-               int64_t panel_end, acc_t<T>* packed_x, acc_t<T>* packed_grad, acc_t<T>* sums) {
+void add_chunk(const GemmWeightGrad& p, const WeightGradPlan& plan, int64_t group, int64_t block,
+               const ImageRows& chunk, bool first, const WeightGradScratch<acc_t<T>>& scratch, acc_t<T>* sums) {
   using Acc = acc_t<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
-  const int64_t n = chunk / plan.chunks_per_image, begin = chunk % plan.chunks_per_image * plan.chunk;
-  const int64_t end = min_of(p.i * p.j, begin + plan.chunk), depth = end - begin;
-  if (depth <= 0) return;
-  const T* x = static_cast<const T*>(p.x) + n * p.x_strides.n + group * p.c * p.x_strides.c;
-  const T* grad = static_cast<const T*>(p.grad_y) + n * p.grad_y_strides.n + group * p.m * p.grad_y_strides.c;
-  // Gradients of accumulator type are read in place: NCHW has pixels side by side, NHWC has channels.
-  const bool in_place = sizeof(T) == sizeof(Acc);
-  const bool by_channel = in_place && p.layout == Layout::nhwc;
-  if (!in_place) pack_gradient_rows<T>(p, grad, begin, end, packed_grad);
-  const Acc* a = in_place ? reinterpret_cast<const Acc*>(grad) + begin * p.grad_y_strides.w : packed_grad;
-  const int64_t a_stride = !in_place ? depth : by_channel ? p.grad_y_strides.w : p.grad_y_strides.c;
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-    pack_columns<T>(p, x, panel * kColumns, begin, end, packed_x + (panel - panel_begin) * depth * kColumns);
-  for (int64_t m = 0; m < p.m; m += kTileRows) {
-    const int64_t rows = min_of(kTileRows, p.m - m);
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      const int64_t columns = min_of(kColumns, plan.columns - panel * kColumns);
-      Acc* tile = sums + ((panel - panel_begin) * p.m + m) * kColumns;
-      const Acc* b = packed_x + (panel - panel_begin) * depth * kColumns;
-      if (by_channel) kTiles<Acc, Rows::row_contiguous>.at(rows, columns)(a + m, a_stride, b, depth, tile, tile);
-      else kTiles<Acc, Rows::depth_contiguous>.at(rows, columns)(a + m * a_stride, a_stride, b, depth, tile, tile);
+  const int64_t channels = plan.block_channels(p, block), weights = channels * p.tap_count;
+  const int64_t first_channel = group * p.c + block * plan.channels_per_block;
+  TileCall<Acc> call{};
+  call.a = plan.input.template prepare<T>(p, chunk, first_channel, channels, scratch.copy);
+  call.a_depth_offsets = scratch.depth_offsets;
+  call.b = scratch.panel;
+  call.depth = chunk.image_count * chunk.row_count * p.j;
+  call.out_stride = kColumns;
+  call.accumulate = !first;
+  const RowTiles tiles(weights);
+  for (int64_t panel = 0; panel < plan.panels; ++panel) {
+    const int64_t m = panel * kColumns, lanes = min_of(kColumns, p.m - m);
+    pack_gradient_panel<T>(p, chunk, group, m, lanes, scratch.panel);
+    for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
+      const int64_t row = tiles.begin(tile);
+      call.a_row_offsets = scratch.row_offsets + row;
+      call.out = sums + (panel * weights + row) * kColumns;
+      kTiles<Acc, Rows::offsets>.at(tiles.begin(tile + 1) - row, lanes)(call);
+    }
+  }
+}
+
+/// Adds the shares of one task's sums, in order, into the first, and writes them as weights.
+template <class T>
+void write_block(const GemmWeightGrad& p, const WeightGradPlan& plan, int64_t group, int64_t block, acc_t<T>* sums,
+                 int64_t share_stride) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kColumns = kTileColumns<Acc>;
+  const int64_t channels = plan.block_channels(p, block), first_channel = block * plan.channels_per_block;
+  const int64_t weights = channels * p.tap_count, per_output = p.c * p.tap_count;
+  const bool nchw = p.layout == Layout::nchw;
+  // Weights that lie side by side both in the sums and in the result: the block, or in NHWC its channels for one tap.
+  const int64_t run = nchw ? weights : channels;
+  for (int64_t panel = 0; panel < plan.panels; ++panel, sums += weights * kColumns) {
+    for (int64_t i = 0; i < weights * kColumns; i += simd::kLanes<Acc>) {
+      auto total = simd::load(sums + i);
+      for (int64_t share = 1; share < plan.shares; ++share) total += simd::load(sums + share * share_stride + i);
+      if (plan.shares > 1) simd::store<Acc>(sums + i, total);
+    }
+    const int64_t m = panel * kColumns, lanes = min_of(kColumns, p.m - m);
+    if (plan.transposed) {
+      T* target = static_cast<T*>(p.grad_weight) + (group * p.c + first_channel) * p.m + m;
+      for (int64_t row = 0; row < weights; ++row)
+        for (int64_t lane = 0; lane < lanes; ++lane)
+          target[row * p.m + lane] = simd::narrow<T>(sums[row * kColumns + lane]);
+      continue;
+    }
+    for (int64_t begin = 0; begin < weights; begin += run) {
+      T* target = static_cast<T*>(p.grad_weight) + (group * p.m + m) * per_output +
+                  (nchw ? first_channel * p.tap_count : begin / run * p.c + first_channel);
+      const Acc* source = sums + begin * kColumns;
+      if constexpr (sizeof(T) == sizeof(Acc)) {
+        transpose_rows<Acc>(source, kColumns, run, lanes, target, per_output);
+      } else {
+        for (int64_t lane = 0; lane < lanes; ++lane)
+          for (int64_t i = 0; i < run; ++i)
+            target[lane * per_output + i] = simd::narrow<T>(source[i * kColumns + lane]);
+      }
     }
   }
 }
 
 template <class T>
-void weight_grad_tiled(const GemmWeightGrad& p) {
+void weight_grad_tiled(const GemmWeightGrad& problem) {
   using Acc = acc_t<T>;
-  constexpr int64_t kColumns = kTileColumns<Acc>, kBytes = sizeof(Acc);
-  const WeightGradPlan plan(p, kColumns);
-  const int64_t group_sums = plan.panels * p.m * kColumns, share_sums = p.groups * group_sums;
-  Scratch all_sums(plan.shares * share_sums * kBytes);
+  constexpr int64_t kColumns = kTileColumns<Acc>, kBytes = sizeof(Acc), kOffsetBytes = sizeof(int64_t);
+  const bool transposed = is_pointwise(problem) && problem.m > problem.c;
+  const GemmWeightGrad p = transposed ? exchanged(problem) : problem;
+  WeightGradPlan plan(p, kColumns, sizeof(T) == sizeof(Acc), kBytes);
+  plan.transposed = transposed;
+  const int64_t task_sums = plan.task_sums(p, kColumns), share_sums = p.groups * plan.blocks * task_sums;
+  const int64_t depth = plan.images_per_chunk * plan.rows_per_chunk * p.j;
+  Scratch shared_sums(plan.shares > 1 ? plan.shares * share_sums * kBytes : 0);
+  Scratch depth_offsets(depth * kOffsetBytes);
+  plan.input.fill_depth_offsets(p, depth_offsets.as<int64_t>());
 
-  parallel_for(0, plan.shares * p.groups * plan.panel_tasks, 1, [&](int64_t task_begin, int64_t task_end) {
-    Scratch packed_x(plan.panels_per_task * plan.chunk * kColumns * kBytes);
-    Scratch packed_grad(sizeof(T) == sizeof(Acc) ? 0 : p.m * plan.chunk * kBytes);
+  parallel_for(0, plan.shares * p.groups * plan.blocks, 1, [&](int64_t task_begin, int64_t task_end) {
+    Scratch copy(plan.input.buffer_elems() * kBytes);
+    Scratch panel(depth * kColumns * kBytes);
+    Scratch row_offsets(plan.channels_per_block * p.tap_count * kOffsetBytes);
+    Scratch own_sums(plan.shares > 1 ? 0 : task_sums * kBytes);
+    std::memset(panel.as<Acc>(), 0, static_cast<size_t>(depth * kColumns * kBytes));
+    const WeightGradScratch<Acc> scratch{copy.as<Acc>(), panel.as<Acc>(), row_offsets.as<int64_t>(),
+                                         depth_offsets.as<int64_t>()};
     for (int64_t task = task_begin; task < task_end; ++task) {
-      const int64_t part = task % plan.panel_tasks, group = task / plan.panel_tasks % p.groups;
-      const int64_t share = task / plan.panel_tasks / p.groups;
-      const int64_t panel_begin = part * plan.panels_per_task;
-      const int64_t panel_end = min_of(plan.panels, panel_begin + plan.panels_per_task);
-      Acc* sums = all_sums.as<Acc>() + share * share_sums + group * group_sums + panel_begin * p.m * kColumns;
-      std::memset(sums, 0, static_cast<size_t>((panel_end - panel_begin) * p.m * kColumns * kBytes));
-      for (int64_t chunk = plan.chunks * share / plan.shares; chunk < plan.chunks * (share + 1) / plan.shares; ++chunk)
-        add_chunk<T>(p, plan, group, chunk, panel_begin, panel_end, packed_x.as<Acc>(), packed_grad.as<Acc>(), sums);
+      const int64_t block = task % plan.blocks, group = task / plan.blocks % p.groups;
+      const int64_t share = task / plan.blocks / p.groups;
+      Acc* sums = plan.shares > 1 ? shared_sums.as<Acc>() + task * task_sums : own_sums.as<Acc>();
+      plan.input.fill_row_offsets(p, plan.block_channels(p, block), scratch.row_offsets);
+      const int64_t first = plan.chunks * share / plan.shares, last = plan.chunks * (share + 1) / plan.shares;
+      for (int64_t chunk = first; chunk < last; ++chunk)
+        add_chunk<T>(p, plan, group, block, plan.chunk(p, chunk), chunk == first, scratch, sums);
+      if (plan.shares == 1) write_block<T>(p, plan, group, block, sums, 0);
     }
   });
-
-  parallel_for(0, p.groups * p.m, ceil_div(16384, plan.columns * plan.shares), [&](int64_t begin, int64_t end) {
-    for (int64_t channel = begin; channel < end; ++channel)
-      for (int64_t column = 0; column < plan.columns; ++column) {
-        const Acc* sums = all_sums.as<Acc>() + channel / p.m * group_sums +
-                          (column / kColumns * p.m + channel % p.m) * kColumns + column % kColumns;
-        Acc total = sums[0];
-        for (int64_t share = 1; share < plan.shares; ++share) total += sums[share * share_sums];
-        static_cast<T*>(p.grad_weight)[channel * plan.columns + column] = simd::narrow<T>(total);
-      }
+  if (plan.shares == 1) return;
+  parallel_for(0, p.groups * plan.blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      write_block<T>(p, plan, task / plan.blocks, task % plan.blocks, shared_sums.as<Acc>() + task * task_sums,
+                     share_sums);
   });
 }
 

@@ -63,7 +63,9 @@ struct GemmWeightGrad {
 struct Conv2dKernels {
   void (*naive)(const GemmConv&, DType);
   void (*naive_weight_grad)(const GemmWeightGrad&, DType);
-  void (*tiled)(const GemmConv&, Layout, DType);
+  /// Products of one call that differ in their taps and output grids alone.
+  void (*tiled)(const GemmConv*, int64_t count, Layout, DType);
+  void (*rows)(const GemmConv&, DType);  // Layout::nchw only
   void (*tiled_weight_grad)(const GemmWeightGrad&, DType);
   /// out[k] = sum over n, h, w of grad[n, k, h, w]; `grad` dense in `layout`.
   void (*bias_grad)(const void* grad, void* out, int64_t n, int64_t k, int64_t plane, Layout, DType);

@@ -1,6 +1,8 @@
 // Host functions of the pooling ops on the CPU: check, describe the problem, launch.
+#include <iterator>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "common/checks.h"
 #include "common/kernel_table.h"
@@ -269,17 +271,51 @@ Tensor adaptive_avg_pool2d_backward(const Tensor& grad_output, IntList input_siz
   return grad_input;
 }
 
+// ---------------------------------------------------------------- the short way
+
+/// The short way leaves empty tensors to the long one: torch treats them case by case.
+void require_filled(const Tensor& input) {
+  require(input.numel() > 0, "fastconv: the input is empty; call the operator's default overload");
+}
+
+/// The pair at `index` of a window's numbers, which travel as one list.
+IntList pair_of(const IntList& window, int64_t index, int64_t pairs) {
+  require(std::ssize(window) == 2 * pairs, "fastconv: window has ", window.size(), " values, expected ", 2 * pairs);
+  return {window.begin() + 2 * index, window.begin() + 2 * index + 2};
+}
+
+Tensor max_pool2d_eager(const Tensor& input, IntList window, bool ceil_mode) {
+  require_filled(input);
+  const auto pair = [&](int64_t index) { return pair_of(window, index, 4); };
+  return max_pool2d(input, pair(0), pair(1), pair(2), pair(3), ceil_mode);
+}
+
+Tensor avg_pool2d_eager(const Tensor& input, IntList window, bool ceil_mode, bool count_include_pad,
+                        std::optional<int64_t> divisor_override) {
+  require_filled(input);
+  const auto pair = [&](int64_t index) { return pair_of(window, index, 3); };
+  return avg_pool2d(input, pair(0), pair(1), pair(2), ceil_mode, count_include_pad, divisor_override);
+}
+
+Tensor adaptive_avg_pool2d_eager(const Tensor& input, IntList output_size) {
+  require_filled(input);
+  return adaptive_avg_pool2d(input, std::move(output_size));
+}
+
 }  // namespace
 }  // namespace fastconv
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("max_pool2d", TORCH_BOX(&fastconv::max_pool2d));
+  m.impl("max_pool2d.eager", TORCH_BOX(&fastconv::max_pool2d_eager));
   m.impl("max_pool2d_with_offsets", TORCH_BOX(&fastconv::max_pool2d_with_offsets));
   m.impl("max_pool2d_indices", TORCH_BOX(&fastconv::max_pool2d_indices));
   m.impl("max_pool2d_gather", TORCH_BOX(&fastconv::max_pool2d_gather));
   m.impl("max_pool2d_backward", TORCH_BOX(&fastconv::max_pool2d_backward));
   m.impl("avg_pool2d", TORCH_BOX(&fastconv::avg_pool2d));
+  m.impl("avg_pool2d.eager", TORCH_BOX(&fastconv::avg_pool2d_eager));
   m.impl("avg_pool2d_backward", TORCH_BOX(&fastconv::avg_pool2d_backward));
   m.impl("adaptive_avg_pool2d", TORCH_BOX(&fastconv::adaptive_avg_pool2d));
+  m.impl("adaptive_avg_pool2d.eager", TORCH_BOX(&fastconv::adaptive_avg_pool2d_eager));
   m.impl("adaptive_avg_pool2d_backward", TORCH_BOX(&fastconv::adaptive_avg_pool2d_backward));
 }

@@ -6,27 +6,38 @@
 namespace fastconv {
 namespace {
 
-/// Sums are kept in kSums vectors and these closed every kBlock vectors, so that rounding grows with the square root of
-/// a plane's size at worst, not with the size.
+/// Sums are kept in kSums vectors, closed every kBlock vectors into a subtotal, and that every kBlock closings into the
+/// total, so that rounding grows with the logarithm of a plane's size and not with the size.
 inline constexpr int64_t kSums = 4, kBlock = 128;
+
+/// The sum of `count` vectors' worth of elements, count at most kBlock.
+template <class T>
+FASTCONV_INLINE simd::Vec<acc_t<T>> sum_block(const T* x, int64_t count) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  simd::Vec<Acc> sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+#pragma GCC unroll 4
+    for (int v = 0; v < kSums; ++v) sums[v] += simd::load(x + (i + v) * kLane);
+  for (; i < count; ++i) sums[0] += simd::load(x + i * kLane);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
 
 template <class T>
 FASTCONV_INLINE acc_t<T> sum_line(const T* x, int64_t count) {
   using Acc = acc_t<T>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
+  const int64_t vectors = count / kLane;
   simd::Vec<Acc> total = {};
-  int64_t i = 0;
-  while (count - i >= kLane) {
-    simd::Vec<Acc> sums[kSums] = {};
-    for (int64_t block = 0; block < kBlock && count - i >= kSums * kLane; block += kSums, i += kSums * kLane)
-#pragma GCC unroll 4
-      for (int v = 0; v < kSums; ++v) sums[v] += simd::load(x + i + v * kLane);
-    if (count - i < kSums * kLane)
-      for (; count - i >= kLane; i += kLane) sums[0] += simd::load(x + i);
-    total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int64_t i = 0; i < vectors;) {
+    simd::Vec<Acc> subtotal = {};
+    for (const int64_t last = min_of(vectors, i + kBlock * kBlock); i < last; i += kBlock)
+      subtotal += sum_block(x + i * kLane, min_of(kBlock, last - i));
+    total += subtotal;
   }
   Acc result = simd::sum<Acc>(total);
-  for (; i < count; ++i) result += simd::widen(x[i]);
+  for (int64_t i = vectors * kLane; i < count; ++i) result += simd::widen(x[i]);
   return result;
 }
 

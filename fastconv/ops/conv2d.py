@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastconv._library import ops
+from fastconv.ops._apply import apply
 from fastconv.ops._autograd import call_raw, empty_like_format, fold, needs_function, suggested_format, tracing
 
 Pair = tuple[int, int]
@@ -36,7 +37,7 @@ def conv2d(
     if tracing():
         result: Tensor = ops.conv2d.default(input, weight, bias, stride, padding, dilation, groups, algo)
     elif needs_function(input, weight, bias):
-        result = Conv2d.apply(input, weight, bias, stride, padding, dilation, groups, algo)  # type: ignore[no-untyped-call]
+        result = apply(Conv2d, input, weight, bias, stride, padding, dilation, groups, algo)
     else:
         result = call_raw(ops.conv2d.default, input, weight, bias, stride, padding, dilation, groups, algo)
     return result
@@ -56,7 +57,7 @@ def conv2d_input_grad(
     if tracing():
         result: Tensor = ops.conv2d_input_grad.default(*args)
     elif needs_function(grad_output, weight):
-        result = Conv2dInputGrad.apply(*args)  # type: ignore[no-untyped-call]
+        result = apply(Conv2dInputGrad, *args)
     else:
         result = call_raw(ops.conv2d_input_grad.default, *args)
     return result
@@ -76,7 +77,7 @@ def conv2d_weight_grad(
     if tracing():
         result: Tensor = ops.conv2d_weight_grad.default(*args)
     elif needs_function(grad_output, input):
-        result = Conv2dWeightGrad.apply(*args)  # type: ignore[no-untyped-call]
+        result = apply(Conv2dWeightGrad, *args)
     else:
         result = call_raw(ops.conv2d_weight_grad.default, *args)
     return result
@@ -86,7 +87,7 @@ def conv2d_bias_grad(grad_output: Tensor) -> Tensor:
     if tracing():
         result: Tensor = ops.conv2d_bias_grad.default(grad_output)
     elif needs_function(grad_output):
-        result = Conv2dBiasGrad.apply(grad_output)  # type: ignore[no-untyped-call]
+        result = apply(Conv2dBiasGrad, grad_output)
     else:
         result = call_raw(ops.conv2d_bias_grad.default, grad_output)
     return result

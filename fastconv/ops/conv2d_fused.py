@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastconv._library import ops
+from fastconv.ops._apply import apply
 from fastconv.ops._autograd import call_raw, empty_like_format, fold, needs_function, suggested_format
 from fastconv.ops.conv2d import (
     Padding,
@@ -60,7 +61,7 @@ def _conv2d_fused(*args: Any) -> Tensor:
     if torch.compiler.is_compiling():
         result: Tensor = ops.conv2d_fused.default(*args)
     elif needs_function(*args[:5]):
-        result = Conv2dFused.apply(*args)  # type: ignore[no-untyped-call]
+        result = apply(Conv2dFused, *args)
     else:
         result = call_raw(ops.conv2d_fused.default, *args)
     return result

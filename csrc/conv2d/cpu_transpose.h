@@ -1,0 +1,66 @@
+// Transposition of small blocks: pixels that lie side by side in memory become rows of a panel, and back.
+#pragma once
+
+#include "common/simd/simd.h"
+
+namespace fastconv {
+namespace {
+
+/// target[i * target_stride + lane] = source[lane * source_stride + i] for a square of kLanes x kLanes.
+template <class Acc>
+FASTCONV_INLINE void transpose_square(const Acc* source, int64_t source_stride, Acc* target, int64_t target_stride) {
+  constexpr int kLane = simd::kLanes<Acc>;
+#if defined(FASTCONV_SIMD_AVX2)
+  if constexpr (sizeof(Acc) == 4) {
+    __m256 halves[8], pairs[8];
+    // Rows r and r + 4 share a register, one half each, so that no shuffle below has to cross halves.
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+      const float* row = source + r % 4 * source_stride + r / 4 * 4;
+      halves[r] =
+          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * source_stride), 1);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 8; h += 4) {
+      pairs[h] = _mm256_unpacklo_ps(halves[h], halves[h + 1]);
+      pairs[h + 1] = _mm256_unpackhi_ps(halves[h], halves[h + 1]);
+      pairs[h + 2] = _mm256_unpacklo_ps(halves[h + 2], halves[h + 3]);
+      pairs[h + 3] = _mm256_unpackhi_ps(halves[h + 2], halves[h + 3]);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 8; h += 4) {
+      _mm256_storeu_ps(target + h * target_stride, _mm256_shuffle_ps(pairs[h], pairs[h + 2], 0x44));
+      _mm256_storeu_ps(target + (h + 1) * target_stride, _mm256_shuffle_ps(pairs[h], pairs[h + 2], 0xee));
+      _mm256_storeu_ps(target + (h + 2) * target_stride, _mm256_shuffle_ps(pairs[h + 1], pairs[h + 3], 0x44));
+      _mm256_storeu_ps(target + (h + 3) * target_stride, _mm256_shuffle_ps(pairs[h + 1], pairs[h + 3], 0xee));
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < kLane; ++i)
+    for (int lane = 0; lane < kLane; ++lane) target[i * target_stride + lane] = source[lane * source_stride + i];
+}
+
+/// target[i * target_stride + lane] = source[lane * source_stride + i] for lane < lanes, i < length.
+template <class T>
+void transpose_rows(const T* source, int64_t source_stride, int64_t lanes, int64_t length, acc_t<T>* target,
+                    int64_t target_stride) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  for (int64_t lane = 0; lane < lanes; lane += kLane) {
+    const int64_t live = min_of(kLane, lanes - lane);
+    int64_t i = 0;
+    if constexpr (sizeof(T) == sizeof(Acc)) {
+      if (live == kLane)
+        for (; i + kLane <= length; i += kLane)
+          transpose_square<Acc>(source + lane * source_stride + i, source_stride, target + i * target_stride + lane,
+                                target_stride);
+    }
+    for (; i < length; ++i)
+      for (int64_t l = lane; l < lane + live; ++l)
+        target[i * target_stride + l] = simd::widen(source[l * source_stride + i]);
+  }
+}
+
+}  // namespace
+}  // namespace fastconv
