@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import fcntl
 import hashlib
 import os
 import shutil
@@ -57,16 +58,18 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 @dataclass(frozen=True)
 class Kind:
     kernel_flags: tuple[str, ...]
-    emulator_flags: tuple[str, ...]
+    emulator_flags: tuple[str, ...] = ("-O2",)
     link_flags: tuple[str, ...] = ()
+    # fiber.cpp alone knows which context switch is in use.
+    fiber_flags: tuple[str, ...] = ()
 
 
 KINDS = {
-    "plain": Kind(("-O2",), ("-O3",)),
+    "plain": Kind(("-O2",)),
     # Compiled for ThreadSanitizer and not linked with it: plain_access.cpp answers the calls.
-    "checked": Kind(("-O1", "-fsanitize=thread", "-Wno-tsan"), ("-O3",)),
+    "checked": Kind(("-O1", "-fsanitize=thread")),
     "address": Kind(("-O1", *SANITIZERS), ("-O1", *SANITIZERS), ("-fsanitize=address,undefined",)),
-    "ucontext": Kind(("-O2",), ("-O2", "-DFASTCONV_EMULATOR_UCONTEXT")),
+    "ucontext": Kind(("-O2",), fiber_flags=("-DFASTCONV_EMULATOR_UCONTEXT",)),
 }
 
 
@@ -83,7 +86,13 @@ def _out_of_date(target: Path, dependency_file: Path) -> bool:
     return any(not os.path.exists(name) or os.stat(name).st_mtime_ns > made for name in needed)
 
 
-def _compile(source: Path, folder: Path, flags: Sequence[str]) -> Path:
+def _digest(words: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
+
+
+def _compile(source: Path, flags: Sequence[str], root: Path) -> Path:
+    folder = root / _digest(flags)  # objects are shared by all libraries that compile them alike
+    folder.mkdir(parents=True, exist_ok=True)
     target = folder / (str(source.relative_to(ROOT)).replace("/", "-") + ".o")
     dependencies = target.with_suffix(".d")
     if _out_of_date(target, dependencies):
@@ -114,20 +123,31 @@ def build_file(sources: Iterable[str | Path], kind: str = "plain", defines: Sequ
     chosen = KINDS[kind]
     kernels = sorted((ROOT / source).resolve() for source in sources)
     emulator = [path for path in sorted(EMULATOR.glob("*.cpp")) if kind == "checked" or path.stem != "plain_access"]
-    folder = ROOT / "build" / "emulator" / kind
-    variant = folder
-    if defines:
-        variant = folder / hashlib.sha256(" ".join(defines).encode()).hexdigest()[:8]
-    variant.mkdir(parents=True, exist_ok=True)
-    jobs = [(source, folder, chosen.emulator_flags) for source in emulator]
-    jobs += [(source, variant, (*chosen.kernel_flags, *(f"-D{symbol}" for symbol in defines))) for source in kernels]
+    root = ROOT / "build" / "emulator"
+    kernel_flags = (*chosen.kernel_flags, *(f"-D{symbol}" for symbol in defines))
+    jobs = [(source, chosen.emulator_flags) for source in emulator if source.stem != "fiber"]
+    jobs += [(EMULATOR / "fiber.cpp", (*chosen.emulator_flags, *chosen.fiber_flags))]
+    jobs += [(source, kernel_flags) for source in kernels]
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist's workers build the same files
+        return _build_locked(jobs, root, kind)
+
+
+def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: str) -> Path:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        objects = list(pool.map(lambda job: _compile(*job), jobs))
-    name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:12]
-    library = variant / f"libfastconv_emulated_{name}.so"
+        objects = list(pool.map(lambda job: _compile(*job, root), jobs))
+    library = root / f"libfastconv_emulated_{kind}_{_digest(map(str, objects))}.so"
     if not library.exists() or any(path.stat().st_mtime_ns > library.stat().st_mtime_ns for path in objects):
         fresh = library.with_suffix(f".{os.getpid()}")  # another process may have the old file loaded
-        command = [os.environ.get("CXX", "g++"), "-shared", *chosen.link_flags, *map(str, objects), "-o", str(fresh)]
+        command = [
+            os.environ.get("CXX", "g++"),
+            "-shared",
+            *KINDS[kind].link_flags,
+            *map(str, objects),
+            "-o",
+            str(fresh),
+        ]
         subprocess.run([*command, "-pthread", "-ldl"], check=True)
         fresh.replace(library)
     return library

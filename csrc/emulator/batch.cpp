@@ -94,6 +94,8 @@ void prepare_clocks(Batch& batch, uint32_t agents) {
   for (auto& block : batch.blocks) {
     block->first_mbarrier_agent = agents;
     agents += kMbarriersPerBlock;
+    block->remote_accesses.clear();
+    block->exits.assign(batch.agents, 0);
     block->cells.clear();
     block->cells.resize((kSharedLimit + 1024) / 4);
   }
@@ -143,9 +145,9 @@ void prepare_batch(Batch& batch, const Grid& grid, const std::function<void()>& 
 }
 
 static void require_nothing_in_flight(Thread& thread) {
-  const Location at = thread.wait_at;
   if (!thread.extras().copies.empty())
-    fail(at, "a thread exits with %zu cp.async that it has not waited for; end with cp_async_wait_group<0>()",
+    fail(thread.extras().copies.front().at,
+         "a thread exits with %zu cp.async that it has not waited for; end with cp_async_wait_group<0>()",
          thread.extras().copies.size());
   const WgmmaQueue& queue = thread.warp->wgmma;
   for (const WgmmaOperation& operation : queue.operations)
@@ -159,8 +161,21 @@ static void require_nothing_in_flight(Thread& thread) {
   }
 }
 
+/// A peer may reach this block's memory only before it ends, in whatever order the threads happen to run.
+static void check_exit_order(Block& block, Thread& thread) {
+  join(block.exits, thread.clocks().now);
+  if (block.alive > 1) return;
+  for (const RemoteAccess& access : block.remote_accesses)
+    if (block.exits[access.agent] < access.clock)
+      fail(access.at,
+           "%s reaches into the block of rank %u, which may have exited by then: nothing orders its exit after this; "
+           "end with barrier_cluster_sync()",
+           describe(*worker->batch.threads[access.agent]).c_str(), block.rank);
+}
+
 void finish_thread(Thread& thread) {
   Block& block = *thread.home;
+  if (options().check_races && block.cluster->size > 1) check_exit_order(block, thread);
   if (thread.has_extras || !worker->batch.pending.empty()) require_nothing_in_flight(thread);
   thread.done = true;
   thread.warp->exited |= 1u << thread.lane;

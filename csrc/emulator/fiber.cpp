@@ -2,6 +2,14 @@
 // tests use so that this branch is compiled and run on every machine).
 #include "emulator/fiber.h"
 
+#if !defined(__x86_64__) && !defined(FASTCONV_EMULATOR_UCONTEXT)
+#define FASTCONV_EMULATOR_UCONTEXT
+#endif
+
+#if defined(FASTCONV_EMULATOR_UCONTEXT)
+#include <ucontext.h>
+#endif
+
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -29,14 +37,21 @@ Stack::~Stack() { munmap(low_ - kGuardBytes, kGuardBytes + kBytes); }
 
 #if defined(FASTCONV_EMULATOR_UCONTEXT)
 
-static void start(Context& context, const Stack& stack, void (*entry)(), size_t skipped_bytes) {
-  getcontext(&context.registers);
-  context.registers.uc_stack.ss_sp = stack.low();
-  context.registers.uc_stack.ss_size = Stack::kBytes - skipped_bytes;
-  context.registers.uc_link = nullptr;
-  makecontext(&context.registers, entry, 0);
+static ucontext_t* registers_of(Context& context) {
+  if (!context.registers) context.registers = new ucontext_t;
+  return static_cast<ucontext_t*>(context.registers);
 }
-static void leave(Context& from, Context& to) { swapcontext(&from.registers, &to.registers); }
+Context::~Context() { delete static_cast<ucontext_t*>(registers); }
+
+static void start(Context& context, const Stack& stack, void (*entry)(), size_t skipped_bytes) {
+  ucontext_t* registers = registers_of(context);
+  getcontext(registers);
+  registers->uc_stack.ss_sp = stack.low();
+  registers->uc_stack.ss_size = Stack::kBytes - skipped_bytes;
+  registers->uc_link = nullptr;
+  makecontext(registers, entry, 0);
+}
+static void leave(Context& from, Context& to) { swapcontext(registers_of(from), registers_of(to)); }
 
 #else
 
@@ -67,14 +82,16 @@ fastconv_emulator_switch:
 .size fastconv_emulator_switch, .-fastconv_emulator_switch
 )");
 
+Context::~Context() = default;
+
 static void start(Context& context, const Stack& stack, void (*entry)(), size_t skipped_bytes) {
   auto** top = reinterpret_cast<void**>(stack.low() + Stack::kBytes - skipped_bytes);
   *--top = nullptr;                         // keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(entry);  // where `ret` goes
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
-  context.stack_pointer = top;
+  context.registers = top;
 }
-static void leave(Context& from, Context& to) { fastconv_emulator_switch(&from.stack_pointer, to.stack_pointer); }
+static void leave(Context& from, Context& to) { fastconv_emulator_switch(&from.registers, to.registers); }
 
 #endif
 

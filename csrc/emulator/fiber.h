@@ -3,26 +3,19 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__) && !defined(FASTCONV_EMULATOR_UCONTEXT)
-#define FASTCONV_EMULATOR_UCONTEXT
-#endif
-
-#if defined(FASTCONV_EMULATOR_UCONTEXT)
-#include <ucontext.h>
-#endif
-
 namespace fastconv::emulator {
 
 /// Where a fiber, or the scheduler on its own stack, goes on.
 struct Context {
-#if defined(FASTCONV_EMULATOR_UCONTEXT)
-  ucontext_t registers;
-#else
-  void* stack_pointer = nullptr;
-#endif
+  void* registers = nullptr;        // a stack pointer that leads to them, or an owned ucontext_t: fiber.cpp's business
   const void* stack_low = nullptr;  // for AddressSanitizer, which wants to know which stack is in use
   size_t stack_bytes = 0;
   void* sanitizer_state = nullptr;
+
+  Context() = default;
+  ~Context();
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
 };
 
 /// Memory with an unmapped page below it, so that an overflow is a fault and not a wrong result.

@@ -28,6 +28,7 @@ void mbarrier_init(uint32_t address, uint32_t arrivals, Location at) {
   Mbarrier fresh;
   fresh.address = address & 0xffffff;
   fresh.count = fresh.pending = arrivals;
+  fresh.initialiser = &self();
   fresh.agent = block->first_mbarrier_agent + static_cast<uint32_t>(number);
   if (options().check_races) {
     fresh.in.resize(worker->batch.agents);
@@ -35,9 +36,17 @@ void mbarrier_init(uint32_t address, uint32_t arrivals, Location at) {
   }
   block->mbarriers[static_cast<size_t>(number)] = std::move(fresh);
   std::memcpy(memory, kMark, 8);
+  check_shared(address, 8, Access::write, "mbarrier.init", at);
 }
 
-Mbarrier& find_mbarrier(uint32_t address, Location at, Block** owner) {
+/// The calling thread reaches into another block of its cluster, which must not have ended, now or in any other order.
+static void note_remote(Block& block, Location at) {
+  Thread& thread = self();
+  if (!options().check_races || thread.home == &block) return;
+  block.remote_accesses.push_back({thread.agent, thread.clocks().now[thread.agent], at});
+}
+
+Mbarrier& find_mbarrier(uint32_t address, Location at) {
   Block* block = nullptr;
   const unsigned char* memory = resolve(address, 8, "mbarrier", at, &block);
   const bool known = address % 8 == 0 && !block->mbarrier_at.empty();
@@ -45,8 +54,15 @@ Mbarrier& find_mbarrier(uint32_t address, Location at, Block** owner) {
   if (number < 0) fail(at, "shared address %u is not an initialised mbarrier", address & 0xffffff);
   if (std::memcmp(memory, kMark, 8) != 0)
     fail(at, "the mbarrier at shared address %u has been overwritten", address & 0xffffff);
-  if (owner) *owner = block;
+  if (options().check_races)  // its initialisation is a write that must come before
+    check_shared(*block, address, 8, Access::atomic, actor(self()), Proxy::generic, {"an mbarrier", at});
+  note_remote(*block, at);
   return block->mbarriers[static_cast<size_t>(number)];
+}
+
+void fence_mbarrier_init() {
+  for (Mbarrier& barrier : self().home->mbarriers)
+    if (barrier.initialiser == &self()) barrier.fenced = true;
 }
 
 void update(Mbarrier& barrier) {

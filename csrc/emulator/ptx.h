@@ -38,6 +38,7 @@ void cp_async_wait_group(unsigned pending);
 
 // mbarrier.cpp
 void mbarrier_init(uint32_t barrier, uint32_t arrivals, Location at);
+void fence_mbarrier_init();
 void mbarrier_arrive(uint32_t barrier, uint32_t bytes, Location at);
 bool mbarrier_try_wait(uint32_t barrier, uint32_t parity, Location at);
 void mbarrier_wait(uint32_t barrier, uint32_t parity, Location at);
@@ -96,7 +97,7 @@ inline void barrier_cluster_sync(FASTCONV_HERE) {
 }
 
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
-inline void fence_mbarrier_init() {}
+inline void fence_mbarrier_init() { emulator::fence_mbarrier_init(); }
 
 inline void st_shared_v2(uint32_t address, float a, float b, FASTCONV_HERE) {
   const float value[2] = {a, b};

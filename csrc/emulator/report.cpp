@@ -31,7 +31,8 @@ void fail(Location at, const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  const std::string message = describe(at) + ": " + text;
+  // A plain access has no location of its own; its text says where it is.
+  const std::string message = at.line() == 0 ? text : describe(at) + ": " + text;
   if (!worker || !current) throw std::runtime_error(message);  // the scheduler's own stack: an operation that completes
   Thread& thread = self();
   worker->batch.error = message + " [" + describe(thread) + ", warp " + std::to_string(thread.warp->index) + "]";

@@ -30,6 +30,10 @@ constexpr uint32_t kSharedLimit = 227 << 10;
 constexpr uint32_t kStaticLimit = 48 << 10;
 constexpr unsigned kMbarriersPerBlock = 64;
 
+struct Block;
+struct Thread;
+struct Warp;
+
 struct Barrier {
   unsigned arrived = 0;
   uint32_t phase = 0;
@@ -41,6 +45,8 @@ struct Mbarrier {
   uint32_t address = 0, count = 0, pending = 0, phase = 0;
   int64_t bytes = 0;  // announced and not yet landed; negative if they landed first
   uint32_t agent = 0;
+  const Thread* initialiser = nullptr;
+  bool fenced = false;  // its initialiser has executed fence_mbarrier_init since
   Clock in, out;
 };
 
@@ -51,9 +57,13 @@ struct AsyncCopy {
   Location at;
 };
 
+/// An arrival or multicast from another block of the cluster.
+struct RemoteAccess {
+  uint32_t agent, clock;
+  Location at;
+};
+
 struct Fiber;
-struct Block;
-struct Warp;
 
 /// What most threads of most kernels never touch.
 struct ThreadExtras {
@@ -145,6 +155,8 @@ struct Block {
   std::vector<int16_t> mbarrier_at;  // by address / 8: number in `mbarriers`, or -1; empty until the first init
   uint32_t first_mbarrier_agent = 0;
   std::vector<ShadowCell> cells;
+  std::vector<RemoteAccess> remote_accesses;  // kept where races are checked
+  Clock exits;                                // joined from its threads as they end
   std::unique_ptr<unsigned char[]> memory;
 };
 
@@ -217,7 +229,8 @@ unsigned char* resolve(uint32_t address, uint32_t bytes, const char* what, Locat
 void require_aligned(uint32_t address, uint32_t bytes, const char* what, Location at);
 
 // ---------------------------------------------------------------- mbarrier.cpp
-Mbarrier& find_mbarrier(uint32_t address, Location at, Block** owner = nullptr);
+/// The barrier at an address, for the calling thread to use.
+Mbarrier& find_mbarrier(uint32_t address, Location at);
 void update(Mbarrier& barrier);
 
 }  // namespace fastconv::emulator

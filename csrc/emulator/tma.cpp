@@ -172,6 +172,8 @@ void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, un
     const uint32_t rank_bits = (block->rank + 1) << 24;
     unsigned char* memory = resolve(operation.shared | rank_bits, bytes, "a TMA load", at);
     const Mbarrier& target = find_mbarrier(operation.barrier | rank_bits, at);
+    if (!target.fenced)
+      fail(at, "a TMA load onto mbarrier %u without a fence_mbarrier_init after its initialisation", target.address);
     for (uint32_t i = 0; i < bytes; i += 4) std::memcpy(memory + i, &kPoison, 4);
     ++block->shared_version;
     if (!options().check_races) continue;

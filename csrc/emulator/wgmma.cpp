@@ -55,11 +55,6 @@ Descriptor decode(uint64_t bits, Location at) {
 /// Where element (mn, k) of the operand begins; the layouts are in cuda_support/ptx_wgmma.cuh.
 uint32_t element_address(const Descriptor& d, bool mn_major, int bytes, uint32_t mn, uint32_t k) {
   uint32_t address = d.start;
-  if (d.swizzle == Swizzle::none) {  // 8 x 16-byte tiles, 128 bytes each
-    if (mn_major) address += mn / 8 * d.stride + k / 8 * d.leading + k % 8 * 16 + mn % 8 * bytes;
-    else address += mn / 8 * d.stride + k * bytes / 16 * d.leading + mn % 8 * 16 + k * bytes % 16;
-    return address;
-  }
   const uint32_t row_bytes = swizzle_row_bytes(d.swizzle), panel = row_bytes / 2;
   if (mn_major) address += mn / panel * d.leading + k / 8 * d.stride + k % 8 * row_bytes + mn % panel * bytes;
   else address += mn / 8 * d.stride + mn % 8 * row_bytes + k * bytes;
