@@ -21,6 +21,7 @@ import enum
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -116,6 +117,19 @@ def build(sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[
         defines: preprocessor symbols for the kernels, for example ``["PLANTED_BUG=3"]``.
     """
     return Library(build_file(sources, kind, defines))
+
+
+def kernel_sources() -> list[Path]:
+    """Every file of CUDA kernels in the package, relative to the repository's root."""
+    return sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/*/cuda*.cu"))
+
+
+def declared_launchers() -> dict[tuple[str, str], Path]:
+    """(op, algo) -> file, of every FASTCONV_LAUNCHER in the package."""
+    pattern = re.compile(r'FASTCONV_LAUNCHER\(\s*"([^"]*)",\s*"([^"]*)"')
+    return {
+        (op, algo): source for source in kernel_sources() for op, algo in pattern.findall((ROOT / source).read_text())
+    }
 
 
 def build_file(sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[str] = ()) -> Path:
@@ -241,6 +255,24 @@ class Timing(enum.IntEnum):
     lazy, eager, random = range(3)
 
 
+@dataclass
+class Record:
+    """What `make emulate` prints about a launcher."""
+
+    cases: int = 0
+    worst_error: float | None = None
+
+
+records: dict[tuple[str, str], Record] = {}
+
+
+def note_error(op: str, algo: str, error: float) -> None:
+    """Keeps the largest of a launcher's errors, in the unit of its tests (NaN counts as infinite)."""
+    record = records.setdefault((op, algo), Record())
+    error = float("inf") if error != error else error
+    record.worst_error = error if record.worst_error is None else max(record.worst_error, error)
+
+
 Argument = torch.Tensor | ctypes.Structure | int | float | None
 
 
@@ -294,6 +326,7 @@ class Library:
         error = ctypes.create_string_buffer(8192)
         if self._c.fastconv_emulator_call(self._numbers[op, algo], pointers, error, ctypes.sizeof(error)):
             raise RuntimeError(error.value.decode(errors="replace"))
+        records.setdefault((op, algo), Record()).cases += 1
 
 
 def _as_c(word: str, argument: Argument) -> ctypes.Structure | ctypes._SimpleCData:  # type: ignore[type-arg]

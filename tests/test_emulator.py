@@ -273,9 +273,9 @@ def test_under_address_sanitizer() -> None:
     built = emulator.build_file((SIMT, MMA, PIPELINE), "address")
     asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
     script = (
-        "import sys, test_emulator as t, emulator_library as e\n"
+        "import sys, emulator_kernels as t, emulator_library as e\n"
         f"built = e.Library(e.Path({str(built)!r}))\n"
-        "built.configure()\n"
+        "built.configure(sm_count=3)\n"
         "t.run_transpose(built, 2) if sys.argv[1] == 'bug' else None\n"
         "assert all(run(built, 0) for run in (t.run_transpose, t.run_warp_row, t.run_grid_sum, t.run_mma))\n"
         "assert t.pipeline(built, 'single', t.PIPELINE_PROBLEMS[1], 0)\n"
