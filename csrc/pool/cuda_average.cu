@@ -9,7 +9,7 @@ namespace {
 
 AverageGrid grid(const PoolProblem& p, const AverageLine& rows, const AverageLine& columns, double divisor) {
   const int64_t pixel = inner_channels(p), input_row = p.w * pixel, output_row = columns.positions * pixel;
-  return {rows,       columns,           static_cast<int>(pixel),     input_row,
+  return {rows,       columns,         static_cast<int>(pixel),     input_row,
           output_row, p.h * input_row, rows.positions * output_row, static_cast<float>(divisor)};
 }
 

@@ -55,9 +55,15 @@ struct AverageLine {
  private:
   AverageLine(int64_t step_, int64_t size_, int64_t positions_, int64_t window_, int64_t stride_, int64_t pad_,
               bool adaptive_, bool include_pad_)
-      : step(step_), input(size_), size(static_cast<int>(size_)), positions(static_cast<int>(positions_)),
-        window(static_cast<int>(window_)), stride(static_cast<int>(stride_)), pad(static_cast<int>(pad_)),
-        adaptive(adaptive_), include_pad(include_pad_) {}
+      : step(step_),
+        input(size_),
+        size(static_cast<int>(size_)),
+        positions(static_cast<int>(positions_)),
+        window(static_cast<int>(window_)),
+        stride(static_cast<int>(stride_)),
+        pad(static_cast<int>(pad_)),
+        adaptive(adaptive_),
+        include_pad(include_pad_) {}
 };
 
 /// Where elements are, and how to divide. `divisor` 0: by the two counts' product.
@@ -93,7 +99,8 @@ __global__ __launch_bounds__(kPoolThreads) void average_general_kernel(AverageGr
   const float divisor = g.divide_by(row_count, column_count);
 #pragma unroll
   for (int n = 0; n < N; ++n) sum[n] /= divisor;
-  const int64_t index = unit.outer * g.output_outer + unit.row * g.output_row + static_cast<int64_t>(unit.column) * g.pixel;
+  const int64_t index =
+      unit.outer * g.output_outer + unit.row * g.output_row + static_cast<int64_t>(unit.column) * g.pixel;
   store_units<N>(y + index + unit.inner * N, from_float<T, N>(sum));
 }
 
@@ -119,7 +126,8 @@ __global__ __launch_bounds__(kPoolThreads) void average_backward_general_kernel(
       for (int n = 0; n < N; ++n) sum[n] += to_float(value[n]) / divisor;
     }
   }
-  const int64_t index = unit.outer * g.input_outer + unit.row * g.input_row + static_cast<int64_t>(unit.column) * g.pixel;
+  const int64_t index =
+      unit.outer * g.input_outer + unit.row * g.input_row + static_cast<int64_t>(unit.column) * g.pixel;
   store_units<N>(grad_input + index + unit.inner * N, from_float<T, N>(sum));
 }
 
@@ -138,9 +146,11 @@ __global__ __launch_bounds__(kPoolThreads) void average_square_kernel(AverageGri
   float mean[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    mean[n] = (to_float(value[0][n]) + to_float(value[1][n]) + to_float(value[2][n]) + to_float(value[3][n])) / g.divisor;
+    mean[n] =
+        (to_float(value[0][n]) + to_float(value[1][n]) + to_float(value[2][n]) + to_float(value[3][n])) / g.divisor;
   }
-  const int64_t index = unit.outer * g.output_outer + unit.row * g.output_row + static_cast<int64_t>(unit.column) * pixel;
+  const int64_t index =
+      unit.outer * g.output_outer + unit.row * g.output_row + static_cast<int64_t>(unit.column) * pixel;
   store_units<N>(y + index + unit.inner * N, from_float<T, N>(mean));
 }
 
@@ -154,7 +164,8 @@ __global__ __launch_bounds__(kPoolThreads) void average_backward_square_kernel(A
   const int pixel = N == 1 ? 1 : g.pixel, h = 2 * unit.row, w = 2 * unit.column;
   float share[N] = {};
   if (h / 2 < g.rows.positions && w / 2 < g.columns.positions) {
-    const int64_t index = unit.outer * g.output_outer + unit.row * g.output_row + static_cast<int64_t>(unit.column) * pixel;
+    const int64_t index =
+        unit.outer * g.output_outer + unit.row * g.output_row + static_cast<int64_t>(unit.column) * pixel;
     const auto value = load_units<true, N>(grad + index + unit.inner * N);
 #pragma unroll
     for (int n = 0; n < N; ++n) share[n] = to_float(value[n]) / g.divisor;

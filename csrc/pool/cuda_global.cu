@@ -32,10 +32,10 @@ __device__ __forceinline__ void sum_in_levels(int64_t first, int64_t count, int6
 
 // ---------------------------------------------------------------- NCHW
 
-constexpr int kSmallPlanes = 32;                              // in a block: any size of plane then starts on 16 bytes
-constexpr int kPlaneLanes = kPoolThreads / kSmallPlanes;      // threads that add up one plane
+constexpr int kSmallPlanes = 32;                          // in a block: any size of plane then starts on 16 bytes
+constexpr int kPlaneLanes = kPoolThreads / kSmallPlanes;  // threads that add up one plane
 static_assert(kSmallPlanes * kPlaneLanes == kPoolThreads && kSmallPlanes * 2 % 16 == 0);
-constexpr int64_t kSmallBytes = 48 << 10;                     // of a block's planes: what needs no permission
+constexpr int64_t kSmallBytes = 48 << 10;  // of a block's planes: what needs no permission
 
 /// Planes of 7 x 7 or 14 x 14: a block copies 32 of them, one stretch of memory, to shared memory with 16-byte loads,
 /// whatever the size of a plane; then eight threads add up each.
@@ -120,7 +120,8 @@ __global__ __launch_bounds__(kPoolThreads) void global_backward_planes_kernel(Un
 
 // ---------------------------------------------------------------- NHWC
 
-/// A block: `lanes` vectors of channels of one image by kPoolThreads / lanes groups of pixels. Groups are added in order.
+/// A block: `lanes` vectors of channels of one image by kPoolThreads / lanes groups of pixels. Groups are added in
+/// order.
 template <int N, class T>
 __global__ __launch_bounds__(kPoolThreads) void global_channels_kernel(const T* __restrict__ x, T* __restrict__ y,
                                                                        FastDivide chunks, int64_t plane, int vectors,
@@ -184,7 +185,8 @@ void global_nchw(const PoolProblem& p, const T* x, T* y, cudaStream_t stream) {
     launch(FASTCONV_KERNEL(global_planes_kernel<T>), blocks_for(planes, kSmallPlanes), kPoolThreads, bytes, stream, x,
            y, planes, static_cast<int>(plane), aligned(x, 16));
   } else if (aligned(x, 16) && plane % kLanes == 0) {
-    launch(FASTCONV_KERNEL(global_plane_kernel<kLanes, T>), blocks_for(planes, 1), kPoolThreads, 0, stream, x, y, plane);
+    launch(FASTCONV_KERNEL(global_plane_kernel<kLanes, T>), blocks_for(planes, 1), kPoolThreads, 0, stream, x, y,
+           plane);
   } else {
     launch(FASTCONV_KERNEL(global_plane_kernel<1, T>), blocks_for(planes, 1), kPoolThreads, 0, stream, x, y, plane);
   }

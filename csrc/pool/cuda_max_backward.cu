@@ -14,8 +14,8 @@ void backward_general(const PoolProblem& p, const T* grad, const Offset* offsets
   const Covering columns(p.s, p.q(), p.padding.w, p.stride.w, p.dilation.w);
   for_each_slice(outer_items(p), p.h, p.w, inner_channels(p) / N, [&](int64_t first, const Units& units) {
     launch(FASTCONV_KERNEL(max_backward_general_kernel<Offset, N, T>), grid_of(units), kPoolThreads, 0, stream, g,
-           units, rows, columns, grad + first * g.output_outer,
-           offsets + first * g.output_outer, grad_input + first * g.input_outer);
+           units, rows, columns, grad + first * g.output_outer, offsets + first * g.output_outer,
+           grad_input + first * g.input_outer);
   });
 }
 
@@ -34,12 +34,10 @@ void backward_square(const PoolProblem& p, const T* grad, const uint8_t* offsets
 template <int kWindow, class T>
 void backward_rows(const PoolProblem& p, const T* grad, const uint8_t* offsets, T* grad_input, cudaStream_t stream) {
   const PoolShape g(p);
-  for_each_slice(outer_items(p), ceil_div(p.h, 2), p.w / kVectorElements<T>, 1,
-                 [&](int64_t first, const Units& units) {
-                   launch(FASTCONV_KERNEL(max_backward_rows_kernel<kWindow, T>), grid_of(units), kPoolThreads, 0,
-                          stream, g, units, grad + first * g.output_outer, offsets + first * g.output_outer,
-                          grad_input + first * g.input_outer);
-                 });
+  for_each_slice(outer_items(p), ceil_div(p.h, 2), p.w / kVectorElements<T>, 1, [&](int64_t first, const Units& units) {
+    launch(FASTCONV_KERNEL(max_backward_rows_kernel<kWindow, T>), grid_of(units), kPoolThreads, 0, stream, g, units,
+           grad + first * g.output_outer, offsets + first * g.output_outer, grad_input + first * g.input_outer);
+  });
 }
 
 template <int N, class T>

@@ -10,15 +10,18 @@
 namespace fastconv::cuda {
 namespace {
 
-/// Along one axis, which windows cover a position: tap `first_tap` of window `first`, then every `tap_step`-th tap down,
-/// `window_step` windows up.
+/// Along one axis, which windows cover a position: tap `first_tap` of window `first`, then every `tap_step`-th tap
+/// down, `window_step` windows up.
 struct Covering {
   FastDivide stride, dilation;
   int window, positions, pad, tap_step, window_step;
 
   Covering(int64_t window_, int64_t positions_, int64_t pad_, int64_t stride_, int64_t dilation_)
-      : stride(stride_), dilation(dilation_), window(static_cast<int>(window_)),
-        positions(static_cast<int>(positions_)), pad(static_cast<int>(pad_)),
+      : stride(stride_),
+        dilation(dilation_),
+        window(static_cast<int>(window_)),
+        positions(static_cast<int>(positions_)),
+        pad(static_cast<int>(pad_)),
         tap_step(static_cast<int>(stride_ / std::gcd(stride_, dilation_))),
         window_step(static_cast<int>(dilation_ / std::gcd(stride_, dilation_))) {}
 
@@ -48,7 +51,8 @@ __global__ __launch_bounds__(kPoolThreads) void max_backward_general_kernel(Pool
   const int first_s = columns.first_tap(unit.column, first_j);
   float sum[N] = {};
   for (int r = rows.first_tap(unit.row, i); r >= 0 && i < rows.positions; r -= rows.tap_step, i += rows.window_step) {
-    for (int s = first_s, j = first_j; s >= 0 && j < columns.positions; s -= columns.tap_step, j += columns.window_step) {
+    for (int s = first_s, j = first_j; s >= 0 && j < columns.positions;
+         s -= columns.tap_step, j += columns.window_step) {
       const int64_t window = g.output_at(unit.outer, i, j) + unit.inner * N;
       int offset[N];
       load_offsets<N>(offsets + window, offset);
@@ -91,11 +95,12 @@ __global__ __launch_bounds__(kPoolThreads) void max_backward_square_kernel(PoolS
   for (int ki = 0; ki < Near::kCount; ++ki)
 #pragma unroll
     for (int kj = 0; kj < Near::kCount; ++kj) {
-      const int i = static_cast<int>(unit.row) + Near::kFirst + ki, j = static_cast<int>(unit.column) + Near::kFirst + kj;
+      const int i = static_cast<int>(unit.row) + Near::kFirst + ki,
+                j = static_cast<int>(unit.column) + Near::kFirst + kj;
       // A window that does not exist: the nearest that does, under an offset that is nobody's.
       const bool exists = i >= 0 && i < g.p && j >= 0 && j < g.q;
-      const int64_t window = plane + min(max(i, 0), g.p - 1) * g.output_row +
-                             static_cast<int64_t>(min(max(j, 0), g.q - 1)) * pixel;
+      const int64_t window =
+          plane + min(max(i, 0), g.p - 1) * g.output_row + static_cast<int64_t>(min(max(j, 0), g.q - 1)) * pixel;
       value[ki][kj] = load_units<Near::kCount == 1, N>(grad + window);
       load_offsets<N>(offsets + window, offset[ki][kj]);
 #pragma unroll
@@ -155,7 +160,7 @@ __global__ __launch_bounds__(kPoolThreads) void max_backward_rows_kernel(PoolSha
     const int64_t line = plane + i * g.output_row + left;
     const auto values = load_vector<kIn>(grad + line);
     int tap[kIn + 1];
-    load_offsets<kIn>(offsets + line, reinterpret_cast<int(&)[kIn]>(tap));
+    load_offsets<kIn>(offsets + line, reinterpret_cast<int (&)[kIn]>(tap));
     float value[kIn + 1];
 #pragma unroll
     for (int j = 0; j < kIn; ++j) value[j] = to_float(values[j]);

@@ -12,7 +12,8 @@ namespace {
 /// which only dilation with padding can do.
 struct Winner {
   int h, w;
-  __device__ __forceinline__ Winner(const PoolShape& g, const FastDivide& window_columns, const Unit& unit, uint32_t tap) {
+  __device__ __forceinline__ Winner(const PoolShape& g, const FastDivide& window_columns, const Unit& unit,
+                                    uint32_t tap) {
     const int r = window_columns.divide_keep_rest(tap);
     h = static_cast<int>(unit.row) * g.stride_h - g.pad_h + r * g.dilation_h;
     w = static_cast<int>(unit.column) * g.stride_w - g.pad_w + static_cast<int>(tap) * g.dilation_w;
@@ -20,8 +21,8 @@ struct Winner {
   __device__ __forceinline__ bool inside(const PoolShape& g) const { return h >= 0 && h < g.h && w >= 0 && w < g.w; }
 };
 
-/// N channels a thread in NHWC, one output in NCHW. The indices are eight times what else there is to move: 16 bytes are
-/// two of them.
+/// N channels a thread in NHWC, one output in NCHW. The indices are eight times what else there is to move: 16 bytes
+/// are two of them.
 template <class Offset, int N>
 __global__ __launch_bounds__(kPoolThreads) void max_indices_kernel(PoolShape g, Units units, FastDivide window_columns,
                                                                    const Offset* __restrict__ offsets,

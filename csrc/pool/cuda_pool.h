@@ -1,5 +1,5 @@
-// The pooling launchers: plain C++ functions without torch. Tensors are dense in the problem's layout; every element of a
-// result is written; sums are kept in float32; nothing is allocated and nothing waits.
+// The pooling launchers: plain C++ functions without torch. Tensors are dense in the problem's layout; every element of
+// a result is written; sums are kept in float32; nothing is allocated and nothing waits.
 #pragma once
 
 #include "cuda_support/cuda.h"

@@ -52,7 +52,8 @@ inline PoolChoice choose_max(const PoolProblem& p, const void* wide, const void*
   const bool vectors = channels_are_vectors(p, wide, narrow, offsets);
   if (window && vectors) return {PoolPath::square, window, true, "NHWC, pixels of whole 16-byte vectors"};
   if (window && p.layout == Layout::nchw)
-    return {PoolPath::square, window, false, "NCHW, rows or pointers not on 16 bytes: neighbouring threads take neighbouring outputs"};
+    return {PoolPath::square, window, false,
+            "NCHW, rows or pointers not on 16 bytes: neighbouring threads take neighbouring outputs"};
   if (!window && vectors)
     return {PoolPath::general, 0, true, "not a 2 x 2 or 3 x 3 window of stride 2: a loop over the window"};
   if (!window) return {PoolPath::general, 0, false, "not a 2 x 2 or 3 x 3 window of stride 2, nor on 16 bytes"};

@@ -14,8 +14,8 @@ namespace fastconv::cuda {
 
 inline constexpr int kPoolThreads = 256;
 
-// A launch numbers its units with 32 bits, because a 64-bit division costs 70 instructions; larger problems are launched
-// in slices. The tests make slices small to run that path.
+// A launch numbers its units with 32 bits, because a 64-bit division costs 70 instructions; larger problems are
+// launched in slices. The tests make slices small to run that path.
 #if !defined(FASTCONV_UNITS_PER_LAUNCH)
 #define FASTCONV_UNITS_PER_LAUNCH 0x7fff0000
 #endif
@@ -32,7 +32,10 @@ struct Units {
 
   Units() = default;
   Units(int64_t outer, int64_t rows_, int64_t columns_, int64_t inner_)
-      : rows(rows_), columns(columns_), inner(inner_), count(static_cast<uint32_t>(outer * rows_ * columns_ * inner_)) {}
+      : rows(rows_),
+        columns(columns_),
+        inner(inner_),
+        count(static_cast<uint32_t>(outer * rows_ * columns_ * inner_)) {}
 
   /// False for the threads of the last block that have no unit.
   __device__ __forceinline__ bool find(Unit& unit) const {
