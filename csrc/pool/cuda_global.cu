@@ -205,6 +205,9 @@ template <class T>
 void global_backward_nchw(const PoolProblem& p, const T* grad, T* grad_input, cudaStream_t stream) {
   constexpr int kLanes = kVectorElements<T>;
   const int64_t plane = p.h * p.w, planes = p.n * p.c;
+  if (plane > 0x7fffffff / kLanes)
+    throw std::runtime_error("global average: a plane of " + std::to_string(plane) + " elements, expected at most " +
+                             std::to_string(0x7fffffff / kLanes) + "; use channels_last");
   for_each_slice(ceil_div(planes, kLanes), 1, plane, 1, [&](int64_t first, const Units& units) {
     const int64_t before = first * kLanes;
     launch(FASTCONV_KERNEL(global_backward_planes_kernel<T>), grid_of(units), kPoolThreads, 0, stream, units,

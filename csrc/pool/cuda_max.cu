@@ -1,4 +1,6 @@
 // Max pooling forward: picks the kernel.
+#include <cstdio>
+
 #include "cuda_support/launchers.h"
 #include "pool/cuda_max.cuh"
 #include "pool/cuda_pool.h"
@@ -74,6 +76,13 @@ void launch_max_pool2d(const PoolProblem& p, const void* x, void* y, void* offse
   });
 }
 
+void explain_max_pool2d(const PoolProblem& p, const void* wide, const void* narrow, const void* offsets, void* text,
+                        int64_t bytes) {
+  const std::string reason = describe(choose_max(p, wide, narrow, offsets));
+  std::snprintf(static_cast<char*>(text), static_cast<size_t>(bytes), "%s", reason.c_str());
+}
+
 FASTCONV_LAUNCHER("max_pool2d", "windows", launch_max_pool2d);
+FASTCONV_LAUNCHER("explain_max_pool2d", "windows", explain_max_pool2d);
 
 }  // namespace fastconv::cuda

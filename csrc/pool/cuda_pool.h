@@ -9,6 +9,10 @@ namespace fastconv::cuda {
 
 /// `offsets` may be null: then only the maxima are written. Else one byte an output, or four: offsets_fit_byte().
 void launch_max_pool2d(const PoolProblem& p, const void* x, void* y, void* offsets, cudaStream_t stream);
+/// Which kernel max_pool2d (`wide` x, `narrow` y) or its gradient (`wide` grad_input, `narrow` grad) takes, and why:
+/// text of at most `bytes`, its closing zero included.
+void explain_max_pool2d(const PoolProblem& p, const void* wide, const void* narrow, const void* offsets, void* text,
+                        int64_t bytes);
 void launch_max_pool2d_indices(const PoolProblem& p, const void* offsets, void* indices, cudaStream_t stream);
 void launch_max_pool2d_gather(const PoolProblem& p, const void* x, const void* offsets, void* y, cudaStream_t stream);
 void launch_max_pool2d_backward(const PoolProblem& p, const void* grad, const void* offsets, void* grad_input,

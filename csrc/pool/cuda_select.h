@@ -1,6 +1,8 @@
 // Which kernel a pooling problem gets, and why. Host code: needs the pointers, because alignment decides.
 #pragma once
 
+#include <string>
+
 #include "cuda_support/dtype.h"
 #include "pool/pool.h"
 
@@ -42,6 +44,12 @@ inline bool rows_are_vectors(const PoolProblem& p, const void* wide, const void*
   const int window = unrolled_window(p);
   if (p.layout != Layout::nchw || !window || p.padding.w != window - 2) return false;
   return p.w % lanes == 0 && p.q() == p.w / 2 && aligned(wide, 16) && aligned(narrow, 8) && aligned(offsets, lanes / 2);
+}
+
+/// "square 3 with 16-byte vectors: NHWC, ..."
+inline std::string describe(const PoolChoice& choice) {
+  return std::string(describe(choice.path)) + (choice.window ? " " + std::to_string(choice.window) : "") +
+         (choice.vectors ? " with 16-byte vectors: " : ": ") + choice.reason;
 }
 
 /// For the maximum (`wide` is x, `narrow` y) and its gradient (`wide` is grad_input, `narrow` grad).
