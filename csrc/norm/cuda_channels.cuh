@@ -54,7 +54,7 @@ __global__ __launch_bounds__(kPoolThreads) void response_channels_kernel(Respons
 #pragma unroll
   for (int i = 0; i < N; ++i)
     result[i] = response.forward(values.own(i), window_product(values.window(i), values.window(i)));
-  store_units<N>(y + place.index, from_float<T, N>(result));
+  store_vector(y + place.index, from_float<T, N>(result));
 }
 
 template <int N, class T>
@@ -72,7 +72,7 @@ __global__ __launch_bounds__(kPoolThreads) void response_channels_jvp_kernel(Res
   for (int i = 0; i < N; ++i)
     result[i] = response.jvp(values.own(i), along.own(i), window_product(values.window(i), values.window(i)),
                              window_product(values.window(i), along.window(i)));
-  store_units<N>(y_tangent + place.index, from_float<T, N>(result));
+  store_vector(y_tangent + place.index, from_float<T, N>(result));
 }
 
 /// The shares of the two channels on each side are computed again, which is cheaper than to exchange them.
@@ -97,7 +97,7 @@ __global__ __launch_bounds__(kPoolThreads) void response_channels_backward_kerne
   float result[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) result[i] = response.combine(direct[kSide + i], values.own(i), window_sum(share + i));
-  store_units<N>(grad_input + place.index, from_float<T, N>(result));
+  store_vector(grad_input + place.index, from_float<T, N>(result));
 }
 
 }  // namespace

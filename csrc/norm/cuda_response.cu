@@ -61,8 +61,8 @@ void launch_walk(const NormProblem& p, Kernel kernel, cudaStream_t stream, Point
   const int64_t each = channels_each(p, N);
   for_each_slice(p.n, ceil_div(p.c, each), p.plane / N, 1, [&](int64_t first, const Units& units) {
     const int64_t before = first * p.c * p.plane;
-    launch(kernel, grid_of(units), kPoolThreads, 0, stream, Response<false>(p), units, static_cast<int>(each), p.plane,
-           (pointers + before)...);
+    launch(kernel, grid_of(units), kPoolThreads, 0, stream, Response<false>(p), units, static_cast<int>(each),
+           static_cast<int>(p.plane), (pointers + before)...);
   });
 }
 

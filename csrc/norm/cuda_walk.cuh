@@ -2,6 +2,8 @@
 // registers, so every element is loaded once (and the few at a walk's ends twice).
 #pragma once
 
+#include <type_traits>
+
 #include "norm/cuda_power.cuh"
 
 namespace fastconv::cuda {
@@ -10,33 +12,35 @@ namespace {
 constexpr int kStep = 4;  // channels whose loads are in flight together
 static_assert(kStep == 2 * kSide, "what a step carries over is what the next one needs");
 
-/// Where a thread walks: `pixels` points to its pixels in channel 0. Unit rows are stretches of `each` channels.
-template <class T>
+/// A thread's way: its pixels, in the channels [begin, end) of its stretch. Unit rows are stretches of `each` channels.
 struct Walk {
   int64_t first;  // element of its pixels in channel 0
   int begin, end, channels;
   int64_t plane;
 
-  __device__ __forceinline__ Walk(const Unit& unit, int lanes, int each, int channels_, int64_t plane_)
+  __device__ __forceinline__ Walk(const Unit& unit, int lanes, int each, int channels_, int plane_)
       : first(int64_t{unit.outer} * channels_ * plane_ + int64_t{unit.column} * lanes),
         begin(unit.row * each),
         end(min(begin + each, channels_)),
         channels(channels_),
         plane(plane_) {}
 
-  /// kStep channels from `channel` on into lines[0..kStep); zero where there is no channel.
-  template <int N>
-  __device__ __forceinline__ void load(const T* from, int channel, float (*lines)[N]) const {
+  __device__ __forceinline__ int64_t at(int channel) const { return first + channel * plane; }
+  /// kStep channels from `channel` on, where `from` points, into lines[0..kStep); zero where there is no channel.
+  /// `from` goes on to the next: an addition, where an address from the channel's number is a 64-bit multiplication.
+  template <int N, class Pointer>
+  __device__ __forceinline__ void load(Pointer& from, int channel, float (*lines)[N]) const {
 #pragma unroll
-    for (int i = 0; i < kStep; ++i) {
-      Vector<T, N> values = {};
-      if (channel + i >= 0 && channel + i < channels) values = load_vector<N>(from + first + (channel + i) * plane);
+    for (int i = 0; i < kStep; ++i, from += plane) {
+      decltype(load_vector<N>(from)) values = {};
+      if (static_cast<unsigned>(channel + i) < static_cast<unsigned>(channels)) values = load_vector<N>(from);
       to_float(values, lines[i]);
     }
   }
-  template <int N>
-  __device__ __forceinline__ void store(T* to, int channel, const float (&line)[N]) const {
-    if (channel < end) store_units<N>(to + first + channel * plane, from_float<T, N>(line));
+  template <int N, class Pointer>
+  __device__ __forceinline__ void store(Pointer& to, int channel, const float (&line)[N]) const {
+    if (channel < end) store_vector(to, from_float<std::remove_reference_t<decltype(*to)>, N>(line));
+    to += plane;
   }
 };
 
@@ -60,12 +64,13 @@ __device__ __forceinline__ float lines_product(const float (*a)[N], const float 
 
 template <int N, class T>
 __global__ __launch_bounds__(kPoolThreads) void response_walk_kernel(Response<false> response, Units units, int each,
-                                                                     int64_t plane, const T* __restrict__ x,
+                                                                     int plane, const T* __restrict__ x,
                                                                      T* __restrict__ y) {
   Unit unit;
   if (!units.find(unit)) return;
-  const Walk<T> walk(unit, N, each, response.channels, plane);
+  const Walk walk(unit, N, each, response.channels, plane);
   float lines[2 * kStep][N];  // channels c - 2 to c + 5
+  x += walk.at(walk.begin - kSide), y += walk.at(walk.begin);
   walk.load(x, walk.begin - kSide, lines);
   for (int c = walk.begin; c < walk.end; c += kStep) {
     walk.load(x, c + kSide, lines + kStep);
@@ -83,14 +88,14 @@ __global__ __launch_bounds__(kPoolThreads) void response_walk_kernel(Response<fa
 
 template <int N, class T>
 __global__ __launch_bounds__(kPoolThreads) void response_walk_jvp_kernel(Response<false> response, Units units,
-                                                                         int each, int64_t plane,
-                                                                         const T* __restrict__ x,
+                                                                         int each, int plane, const T* __restrict__ x,
                                                                          const T* __restrict__ tangent,
                                                                          T* __restrict__ y_tangent) {
   Unit unit;
   if (!units.find(unit)) return;
-  const Walk<T> walk(unit, N, each, response.channels, plane);
+  const Walk walk(unit, N, each, response.channels, plane);
   float lines[2 * kStep][N], along[2 * kStep][N];
+  x += walk.at(walk.begin - kSide), tangent += walk.at(walk.begin - kSide), y_tangent += walk.at(walk.begin);
   walk.load(x, walk.begin - kSide, lines);
   walk.load(tangent, walk.begin - kSide, along);
   for (int c = walk.begin; c < walk.end; c += kStep) {
@@ -114,15 +119,17 @@ __global__ __launch_bounds__(kPoolThreads) void response_walk_jvp_kernel(Respons
 /// the loop only fills: its results would be those of the channels before the walk.
 template <int N, class T>
 __global__ __launch_bounds__(kPoolThreads) void response_walk_backward_kernel(Response<false> response, Units units,
-                                                                              int each, int64_t plane,
+                                                                              int each, int plane,
                                                                               const T* __restrict__ grad,
                                                                               const T* __restrict__ x,
                                                                               T* __restrict__ grad_input) {
   Unit unit;
   if (!units.find(unit)) return;
-  const Walk<T> walk(unit, N, each, response.channels, plane);
+  const Walk walk(unit, N, each, response.channels, plane);
   float lines[3 * kStep][N];                                  // x of channels c - 4 to c + 7
   float share[2 * kStep][N] = {}, direct[2 * kStep][N] = {};  // of channels c - 2 to c + 5
+  x += walk.at(walk.begin - 2 * kStep), grad += walk.at(walk.begin - kStep + kSide);
+  grad_input += walk.at(walk.begin);
   walk.load(x, walk.begin - 2 * kStep, lines);
   walk.load(x, walk.begin - kStep, lines + kStep);
   for (int c = walk.begin - kStep; c < walk.end; c += kStep) {

@@ -1,4 +1,6 @@
 // Average and adaptive pooling and their gradients: pick the kernel.
+#include <cmath>
+
 #include "cuda_support/launchers.h"
 #include "pool/cuda_average.cuh"
 #include "pool/cuda_pool.h"
@@ -22,9 +24,11 @@ AverageGrid adaptive_grid(const PoolProblem& p, int64_t rows, int64_t columns) {
   return grid(p, AverageLine::adapting(p.h, rows), AverageLine::adapting(p.w, columns), 0);
 }
 
-/// Every window a whole 2 x 2 of the input, so that the divisor is 4 or the override.
-bool is_halving(const PoolProblem& p) {
-  return unrolled_window(p) == 2 && p.padding.h == 0 && 2 * p.p() <= p.h && 2 * p.q() <= p.w;
+/// Every window a whole 2 x 2 of the input, and the divisor, 4 or the override, a power of two.
+bool is_halving(const PoolProblem& p, double divisor) {
+  int exponent;
+  const double mantissa = std::frexp(divisor == 0 ? 4 : divisor, &exponent);
+  return unrolled_window(p) == 2 && windows_are_inside(p) && (mantissa == 0.5 || mantissa == -0.5);
 }
 
 template <int N, class T>
@@ -65,7 +69,7 @@ void forward(const char* op, const PoolProblem& p, AverageGrid g, bool halving, 
   const bool vectors = channels_are_vectors(p, x, y, nullptr);
   // The unrolled kernel of one lane is NCHW's.
   const bool square = halving && (vectors || p.layout == Layout::nchw);
-  if (square && g.divisor == 0) g.divisor = 4;
+  if (square) g.divisor = g.divisor == 0 ? 0.25f : 1 / g.divisor;
   for_vectors(op, p, vectors, [&](auto element, auto lanes) {
     using T = decltype(element);
     average<lanes.value>(p, g, square, static_cast<const T*>(x), static_cast<T*>(y), stream);
@@ -76,7 +80,7 @@ void backward(const char* op, const PoolProblem& p, AverageGrid g, bool halving,
               cudaStream_t stream) {
   const bool vectors = channels_are_vectors(p, grad_input, grad, nullptr);
   const bool square = halving && (vectors || p.layout == Layout::nchw);
-  if (square && g.divisor == 0) g.divisor = 4;
+  if (square) g.divisor = g.divisor == 0 ? 0.25f : 1 / g.divisor;
   for_vectors(op, p, vectors, [&](auto element, auto lanes) {
     using T = decltype(element);
     average_backward<lanes.value>(p, g, square, static_cast<const T*>(grad), static_cast<T*>(grad_input), stream);
@@ -87,13 +91,14 @@ void backward(const char* op, const PoolProblem& p, AverageGrid g, bool halving,
 
 void launch_avg_pool2d(const PoolProblem& p, bool count_include_pad, double divisor_override, const void* x, void* y,
                        cudaStream_t stream) {
-  forward("avg_pool2d", p, regular_grid(p, count_include_pad, divisor_override), is_halving(p), x, y, stream);
+  forward("avg_pool2d", p, regular_grid(p, count_include_pad, divisor_override), is_halving(p, divisor_override), x, y,
+          stream);
 }
 
 void launch_avg_pool2d_backward(const PoolProblem& p, bool count_include_pad, double divisor_override, const void* grad,
                                 void* grad_input, cudaStream_t stream) {
-  backward("avg_pool2d_backward", p, regular_grid(p, count_include_pad, divisor_override), is_halving(p), grad,
-           grad_input, stream);
+  backward("avg_pool2d_backward", p, regular_grid(p, count_include_pad, divisor_override),
+           is_halving(p, divisor_override), grad, grad_input, stream);
 }
 
 void launch_adaptive_avg_pool2d(const PoolProblem& p, int64_t rows, int64_t columns, const void* x, void* y,

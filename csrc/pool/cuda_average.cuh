@@ -101,7 +101,7 @@ __global__ __launch_bounds__(kPoolThreads) void average_general_kernel(AverageGr
   for (int n = 0; n < N; ++n) sum[n] /= divisor;
   const int64_t index =
       unit.outer * g.output_outer + unit.row * g.output_row + static_cast<int64_t>(unit.column) * g.pixel;
-  store_units<N>(y + index + unit.inner * N, from_float<T, N>(sum));
+  store_vector(y + index + unit.inner * N, from_float<T, N>(sum));
 }
 
 /// Gathers: every input element adds the shares of the windows that cover it.
@@ -128,10 +128,11 @@ __global__ __launch_bounds__(kPoolThreads) void average_backward_general_kernel(
   }
   const int64_t index =
       unit.outer * g.input_outer + unit.row * g.input_row + static_cast<int64_t>(unit.column) * g.pixel;
-  store_units<N>(grad_input + index + unit.inner * N, from_float<T, N>(sum));
+  store_vector(grad_input + index + unit.inner * N, from_float<T, N>(sum));
 }
 
-/// 2 x 2 windows of stride 2 without padding, all inside: each element is read once.
+/// 2 x 2 windows of stride 2 without padding, all inside: each element is read once. The divisor is a power of two, so
+/// that multiplying by its reciprocal, which `divisor` holds here, is exact.
 template <int N, class T>
 __global__ __launch_bounds__(kPoolThreads) void average_square_kernel(AverageGrid g, Units units,
                                                                       const T* __restrict__ x, T* __restrict__ y) {
@@ -147,11 +148,11 @@ __global__ __launch_bounds__(kPoolThreads) void average_square_kernel(AverageGri
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     mean[n] =
-        (to_float(value[0][n]) + to_float(value[1][n]) + to_float(value[2][n]) + to_float(value[3][n])) / g.divisor;
+        (to_float(value[0][n]) + to_float(value[1][n]) + to_float(value[2][n]) + to_float(value[3][n])) * g.divisor;
   }
   const int64_t index =
       unit.outer * g.output_outer + unit.row * g.output_row + static_cast<int64_t>(unit.column) * pixel;
-  store_units<N>(y + index + unit.inner * N, from_float<T, N>(mean));
+  store_vector(y + index + unit.inner * N, from_float<T, N>(mean));
 }
 
 /// The same windows' adjoint: a thread owns 2 x 2 elements, those that no window covers included.
@@ -168,14 +169,14 @@ __global__ __launch_bounds__(kPoolThreads) void average_backward_square_kernel(A
         unit.outer * g.output_outer + unit.row * g.output_row + static_cast<int64_t>(unit.column) * pixel;
     const auto value = load_units<true, N>(grad + index + unit.inner * N);
 #pragma unroll
-    for (int n = 0; n < N; ++n) share[n] = to_float(value[n]) / g.divisor;
+    for (int n = 0; n < N; ++n) share[n] = to_float(value[n]) * g.divisor;
   }
   const auto rounded = from_float<T, N>(share);
   T* to = grad_input + unit.outer * g.input_outer + h * g.input_row + static_cast<int64_t>(w) * pixel + unit.inner * N;
 #pragma unroll
   for (int tap = 0; tap < 4; ++tap)
     if (h + tap / 2 < g.rows.size && w + tap % 2 < g.columns.size)
-      store_units<N>(to + tap / 2 * g.input_row + tap % 2 * pixel, rounded);
+      store_vector(to + tap / 2 * g.input_row + tap % 2 * pixel, rounded);
 }
 
 }  // namespace

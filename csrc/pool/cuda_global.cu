@@ -10,20 +10,33 @@
 namespace fastconv::cuda {
 namespace {
 
-/// add(i) for i = first, first + step, ... below count, each a term; three levels of partial sums, so that a plane of
-/// millions keeps its digits.
-template <int N, class Add>
+constexpr int kBatch = 8;  // loads of one thread in flight together: all that 7 x 7 needs with 8 threads
+
+/// Adds up load(i), a Vector<T, N>, for i = first, first + step, ... below count; three levels of partial sums, so that
+/// a plane of millions keeps its digits.
+template <int N, class Load>
 __device__ __forceinline__ void sum_in_levels(int64_t first, int64_t count, int64_t step, float (&total)[N],
-                                              const Add& add) {
-  constexpr int kTerms = 64;
+                                              const Load& load) {
+  constexpr int kBatches = 8, kParts = 64;
   int64_t i = first;
   while (i < count) {
     float middle[N] = {};
-    for (int outer = 0; outer < kTerms && i < count; ++outer) {
-      float part[N] = {};
-      for (int inner = 0; inner < kTerms && i < count; ++inner, i += step) add(i, part);
+    for (int part = 0; part < kParts && i < count; ++part) {
+      float sum[N] = {};
+      for (int batch = 0; batch < kBatches && i < count; ++batch, i += kBatch * step) {
+        decltype(load(i)) values[kBatch];
 #pragma unroll
-      for (int n = 0; n < N; ++n) middle[n] += part[n];
+        for (int k = 0; k < kBatch; ++k) {
+          values[k] = {};
+          if (i + k * step < count) values[k] = load(i + k * step);
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k)
+#pragma unroll
+          for (int n = 0; n < N; ++n) sum[n] += to_float(values[k][n]);
+      }
+#pragma unroll
+      for (int n = 0; n < N; ++n) middle[n] += sum[n];
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) total[n] += middle[n];
@@ -32,13 +45,13 @@ __device__ __forceinline__ void sum_in_levels(int64_t first, int64_t count, int6
 
 // ---------------------------------------------------------------- NCHW
 
-constexpr int kSmallPlanes = 32;                          // in a block: any size of plane then starts on 16 bytes
+constexpr int kSmallPlanes = 64;                          // in a block: any size of plane then starts on 16 bytes
 constexpr int kPlaneLanes = kPoolThreads / kSmallPlanes;  // threads that add up one plane
 static_assert(kSmallPlanes * kPlaneLanes == kPoolThreads && kSmallPlanes * 2 % 16 == 0);
-constexpr int64_t kSmallBytes = 48 << 10;  // of a block's planes: what needs no permission
+constexpr int64_t kSmallBytes = 56 << 10;  // of a block's planes: 14 x 14 in float32, four blocks to a multiprocessor
 
-/// Planes of 7 x 7 or 14 x 14: a block copies 32 of them, one stretch of memory, to shared memory with 16-byte loads,
-/// whatever the size of a plane; then eight threads add up each.
+/// Planes of 7 x 7 or 14 x 14: a block copies 64 of them, one stretch of memory, to shared memory with 16-byte loads,
+/// whatever the size of a plane; then four threads add up each.
 template <class T>
 __global__ __launch_bounds__(kPoolThreads) void global_planes_kernel(const T* __restrict__ x, T* __restrict__ y,
                                                                      int64_t planes, int plane, bool vectors) {
@@ -49,8 +62,10 @@ __global__ __launch_bounds__(kPoolThreads) void global_planes_kernel(const T* __
   const int here = static_cast<int>(min(int64_t{kSmallPlanes}, planes - first)), total = here * plane;
   const T* from = x + first * plane;
   const int whole = vectors ? total / kLanes : 0;
+#pragma unroll 4
   for (int i = threadIdx.x; i < whole; i += kPoolThreads)
     store_vector(staged + i * kLanes, load_streaming<kLanes>(from + int64_t{i} * kLanes));
+#pragma unroll 1
   for (int i = whole * kLanes + threadIdx.x; i < total; i += kPoolThreads) staged[i] = from[i];
   __syncthreads();
   const int mine = threadIdx.x / kPlaneLanes, lane = threadIdx.x % kPlaneLanes;
@@ -68,11 +83,8 @@ __global__ __launch_bounds__(kPoolThreads) void global_plane_kernel(const T* __r
                                                                     int64_t plane) {
   const T* from = x + int64_t{blockIdx.x} * plane;
   float sums[N] = {};
-  sum_in_levels<N>(threadIdx.x, plane / N, kPoolThreads, sums, [&](int64_t i, float (&part)[N]) {
-    const auto value = load_units<true, N>(from + i * N);
-#pragma unroll
-    for (int n = 0; n < N; ++n) part[n] += to_float(value[n]);
-  });
+  sum_in_levels<N>(threadIdx.x, plane / N, kPoolThreads, sums,
+                   [&](int64_t i) { return load_units<true, N>(from + i * N); });
   float sum = 0;
 #pragma unroll
   for (int n = 0; n < N; ++n) sum += sums[n];
@@ -93,21 +105,23 @@ __global__ __launch_bounds__(kPoolThreads) void global_backward_planes_kernel(Un
   const uint32_t plane = by_plane.divisor, start = unit.column * kLanes;
   const float count = static_cast<float>(plane);
   const int64_t first = int64_t{unit.outer} * kLanes;
-  uint32_t current = by_plane.divide(start);
+  const uint32_t current = by_plane.divide(start);
   if (first + current >= planes) return;
-  uint32_t next = (current + 1) * plane - start;  // the element that begins the next plane
-  auto share = from_float<T>(to_float(grad[first + current]) / count);
+  const auto share_of = [&](uint32_t which) {
+    return from_float<T>(to_float(grad[min(first + which, planes - 1)]) / count);
+  };
+  // Where the next plane begins: past the vector, inside it, or several times in it.
+  const int next = static_cast<int>(min((current + 1) * plane - start, uint32_t{kLanes}));
   Vector<T, kLanes> values;
-  int live = 0;
+  if (plane >= kLanes) {
+    const T here = share_of(current), after = share_of(current + 1);
 #pragma unroll
-  for (int n = 0; n < kLanes; ++n) {
-    if (static_cast<uint32_t>(n) == next && first + current + 1 < planes) {
-      ++current, next += plane;
-      share = from_float<T>(to_float(grad[first + current]) / count);
-    }
-    values[n] = share;
-    if (static_cast<uint32_t>(n) < next) live = n + 1;
+    for (int n = 0; n < kLanes; ++n) values[n] = n < next ? here : after;
+  } else {
+#pragma unroll
+    for (int n = 0; n < kLanes; ++n) values[n] = share_of(by_plane.divide(start + n));
   }
+  const int live = static_cast<int>(min((planes - first) * plane - start, int64_t{kLanes}));
   T* to = grad_input + first * plane + start;
   if (vectors && live == kLanes) {
     store_streaming(to, values);
@@ -135,23 +149,18 @@ __global__ __launch_bounds__(kPoolThreads) void global_channels_kernel(const T* 
   float sums[N] = {};
   if (vector < vectors) {
     const T* from = x + image * plane * channels + int64_t{vector} * N;
-    sum_in_levels<N>(group, plane, groups, sums, [&](int64_t i, float (&part)[N]) {
-      const auto value = load_units<true, N>(from + i * channels);
-#pragma unroll
-      for (int n = 0; n < N; ++n) part[n] += to_float(value[n]);
-    });
+    sum_in_levels<N>(group, plane, groups, sums, [&](int64_t i) { return load_units<true, N>(from + i * channels); });
   }
 #pragma unroll
   for (int n = 0; n < N; ++n) partial[n][threadIdx.x] = sums[n];
   __syncthreads();
-  if (group != 0 || vector >= vectors) return;
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
+  for (int value = threadIdx.x; value < N * lanes; value += kPoolThreads) {
+    const int n = value / lanes, of = value % lanes;
+    if (static_cast<int>(chunk) * lanes + of >= vectors) continue;
     float sum = 0;
-    for (int other = 0; other < groups; ++other) sum += partial[n][other * lanes + lane];
-    sums[n] = sum / static_cast<float>(plane);
+    for (int other = 0; other < groups; ++other) sum += partial[n][other * lanes + of];
+    y[image * channels + (int64_t{chunk} * lanes + of) * N + n] = from_float<T>(sum / static_cast<float>(plane));
   }
-  store_vector(y + image * channels + int64_t{vector} * N, from_float<T, N>(sums));
 }
 
 constexpr int kPixelsEach = 4;  // that one thread writes: a load and N divisions serve them all
@@ -172,7 +181,7 @@ __global__ __launch_bounds__(kPoolThreads) void global_backward_channels_kernel(
   T* to = grad_input + (unit.outer * plane + first) * channels + unit.inner * N;
 #pragma unroll
   for (int i = 0; i < kPixelsEach; ++i)
-    if (first + i < plane) store_units<N>(to + i * channels, rounded);
+    if (first + i < plane) store_vector(to + i * channels, rounded);
 }
 
 // ---------------------------------------------------------------- launches

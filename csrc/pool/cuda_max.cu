@@ -18,13 +18,14 @@ void max_general(const PoolProblem& p, const T* x, T* y, typename Reduction::Off
   });
 }
 
-template <class Reduction, int N, int kWindow, class T>
+template <class Reduction, int N, int kWindow, bool kInside, class T>
 void max_square(const PoolProblem& p, const T* x, T* y, uint8_t* offsets, cudaStream_t stream) {
   const PoolShape g(p);
   const int64_t rows = ceil_div(p.p(), output_rows(kWindow));
   for_each_slice(outer_items(p), rows, p.q(), inner_channels(p) / N, [&](int64_t first, const Units& units) {
-    launch(FASTCONV_KERNEL(max_square_kernel<Reduction, N, kWindow, T>), grid_of(units), kPoolThreads, 0, stream, g,
-           units, x + first * g.input_outer, y + first * g.output_outer, advance(offsets, first * g.output_outer));
+    launch(FASTCONV_KERNEL(max_square_kernel<Reduction, N, kWindow, kInside, T>), grid_of(units), kPoolThreads, 0,
+           stream, g, units, x + first * g.input_outer, y + first * g.output_outer,
+           advance(offsets, first * g.output_outer));
   });
 }
 
@@ -38,6 +39,16 @@ void max_rows(const PoolProblem& p, const T* x, T* y, uint8_t* offsets, cudaStre
   });
 }
 
+template <template <class, int> class kReduction, int kWindow, class T>
+void max_square(const PoolChoice& choice, const PoolProblem& p, const T* x, T* y, uint8_t* offsets,
+                cudaStream_t stream) {
+  constexpr int kLanes = kVectorElements<T>;
+  if (choice.vectors) return max_square<kReduction<T, kLanes>, kLanes, kWindow, false>(p, x, y, offsets, stream);
+  // One element a thread: instructions are what limits it, so those for edges are left out where there are none.
+  if (windows_are_inside(p)) return max_square<kReduction<T, 1>, 1, kWindow, true>(p, x, y, offsets, stream);
+  max_square<kReduction<T, 1>, 1, kWindow, false>(p, x, y, offsets, stream);
+}
+
 /// kReduction<T, N> is one of the two running maxima with byte offsets.
 template <template <class, int> class kReduction, class T>
 void max_byte(const PoolChoice& choice, const PoolProblem& p, const T* x, T* y, uint8_t* offsets, cudaStream_t stream) {
@@ -47,11 +58,8 @@ void max_byte(const PoolChoice& choice, const PoolProblem& p, const T* x, T* y, 
       if (choice.window == 2) return max_rows<kReduction<T, kLanes / 2>, 2>(p, x, y, offsets, stream);
       return max_rows<kReduction<T, kLanes / 2>, 3>(p, x, y, offsets, stream);
     case PoolPath::square:
-      if (choice.window == 2 && choice.vectors)
-        return max_square<kReduction<T, kLanes>, kLanes, 2>(p, x, y, offsets, stream);
-      if (choice.window == 2) return max_square<kReduction<T, 1>, 1, 2>(p, x, y, offsets, stream);
-      if (choice.vectors) return max_square<kReduction<T, kLanes>, kLanes, 3>(p, x, y, offsets, stream);
-      return max_square<kReduction<T, 1>, 1, 3>(p, x, y, offsets, stream);
+      if (choice.window == 2) return max_square<kReduction, 2>(choice, p, x, y, offsets, stream);
+      return max_square<kReduction, 3>(choice, p, x, y, offsets, stream);
     case PoolPath::general:
       if (choice.vectors) return max_general<kReduction<T, kLanes>, kLanes>(p, x, y, offsets, stream);
       return max_general<kReduction<T, 1>, 1>(p, x, y, offsets, stream);

@@ -10,7 +10,7 @@ namespace {
 template <class Reduction, int N, class T>
 __device__ __forceinline__ void store_result(const Reduction& result, int64_t index, T* y,
                                              typename Reduction::Offset* offsets) {
-  store_units<N>(y + index, result.values());
+  store_vector(y + index, result.values());
   if constexpr (Reduction::kOffsets) store_offsets<typename Reduction::Offset, N>(offsets + index, result.offset);
 }
 
@@ -39,32 +39,37 @@ constexpr int output_rows(int window) { return window == 3 ? 2 : 1; }
 
 /// Square windows of stride 2, unrolled, N channels (NHWC) or one column (NCHW, N = 1).
 ///
-/// Taps outside are moved to the nearest tap inside, number included: no loop has a condition, all loads are in flight
-/// together, and taking a tap twice in a row changes nothing.
-template <class Reduction, int N, int kWindow, class T>
+/// kInside: no window hangs over an edge. Else taps outside are moved to the nearest tap inside, number included: no
+/// loop has a condition, all loads are in flight together, and taking a tap twice changes nothing.
+template <class Reduction, int N, int kWindow, bool kInside, class T>
 __global__ __launch_bounds__(kPoolThreads) void max_square_kernel(PoolShape g, Units units, const T* __restrict__ x,
                                                                   T* __restrict__ y,
                                                                   typename Reduction::Offset* __restrict__ offsets) {
   constexpr int kRows = output_rows(kWindow);
   Unit unit;
   if (!units.find(unit)) return;
-  const int first = unit.row * kRows, top = first * 2 - g.pad_h, left = unit.column * 2 - g.pad_w;
+  const int first = unit.row * kRows, top = first * 2 - (kInside ? 0 : g.pad_h);
+  const int left = unit.column * 2 - (kInside ? 0 : g.pad_w);
+  const auto pixel = in_plane<N>(N == 1 ? 1 : g.pixel), input_row = in_plane<N>(g.input_row);
   const T* plane = x + unit.outer * g.input_outer + unit.inner * N;
   int column[kWindow];
 #pragma unroll
-  for (int s = 0; s < kWindow; ++s) column[s] = min(max(left + s, 0), g.w - 1);
+  for (int s = 0; s < kWindow; ++s) column[s] = kInside ? left + s : min(max(left + s, 0), g.w - 1);
   Reduction best[kRows];
 #pragma unroll
   for (int row = 0; row < 2 * (kRows - 1) + kWindow; ++row) {
-    const int h = min(max(top + row, 0), g.h - 1);
-    const T* line = plane + h * g.input_row;
+    // The second output's rows may lie below the input even so: then there is no second output.
+    const int h = kInside ? min(top + row, g.h - 1) : min(max(top + row, 0), g.h - 1);
+    const T* line = plane + h * input_row;
 #pragma unroll
     for (int s = 0; s < kWindow; ++s) {
       // 2 x 2 windows do not overlap: each element is read once.
-      const auto value = load_units<kWindow == 2, N>(line + static_cast<int64_t>(column[s]) * (N == 1 ? 1 : g.pixel));
+      const auto value =
+          load_units<kWindow == 2, N>(kInside ? line + left * pixel + s * pixel : line + column[s] * pixel);
 #pragma unroll
       for (int o = 0; o < kRows; ++o) {
-        const int r = row - 2 * o, tap = (h - top - 2 * o) * kWindow + column[s] - left;
+        const int r = row - 2 * o;
+        const int tap = kInside ? r * kWindow + s : (h - top - 2 * o) * kWindow + column[s] - left;
         if (r == 0 && s == 0) best[o].start(value, tap);
         else if (r >= 0 && r < kWindow) best[o].take(value, tap);
       }

@@ -23,7 +23,7 @@ template <int N, int kWindow, int kPad, class T>
 void backward_square(const PoolProblem& p, const T* grad, const uint8_t* offsets, T* grad_input, cudaStream_t stream) {
   const PoolShape g(p);
   const bool paired = N == 1 && p.w % 2 == 0 && aligned(grad_input, 2 * sizeof(T));
-  for_each_slice(outer_items(p), ceil_div(p.h, 2), ceil_div(p.w, 2), inner_channels(p) / N,
+  for_each_slice(outer_items(p), ceil_div(p.h, 2 * square_rows(N)), ceil_div(p.w, 2), inner_channels(p) / N,
                  [&](int64_t first, const Units& units) {
                    launch(FASTCONV_KERNEL(max_backward_square_kernel<N, kWindow, kPad, T>), grid_of(units),
                           kPoolThreads, 0, stream, g, units, paired, grad + first * g.output_outer,

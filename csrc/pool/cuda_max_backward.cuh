@@ -62,7 +62,7 @@ __global__ __launch_bounds__(kPoolThreads) void max_backward_general_kernel(Pool
         if (offset[n] == r * columns.window + s) sum[n] += to_float(value[n]);
     }
   }
-  store_units<N>(grad_input + g.input_at(unit.outer, unit.row, unit.column) + unit.inner * N, from_float<T, N>(sum));
+  store_vector(grad_input + g.input_at(unit.outer, unit.row, unit.column) + unit.inner * N, from_float<T, N>(sum));
 }
 
 /// Windows of stride 2 that reach a pair of rows (2a, 2a + 1): `kCount` of them from a + kFirst.
@@ -75,66 +75,82 @@ struct Reach {
   static constexpr bool covers(int k, int d) { return tap(k, d) >= 0 && tap(k, d) < kWindow; }
 };
 
-/// Square windows of stride 2, unrolled. A thread owns 2 x 2 pixels by N channels (NHWC), or 2 x 2 elements of
-/// a plane (NCHW, N = 1), and loads each window that reaches them once: four at most.
-/// `paired`: rows start on even elements, so two neighbours are stored as one.
+/// Square windows of stride 2, unrolled. A thread owns 2 x 2 pixels by N channels (NHWC), or 4 x 2 elements of a plane
+/// (NCHW, N = 1: two of them, because finding one's place costs more than the work), and loads each window that reaches
+/// them once. `paired`: rows start on even elements, so two neighbours are stored as one.
+constexpr int square_rows(int lanes) { return lanes == 1 ? 2 : 1; }
+
 template <int N, int kWindow, int kPad, class T>
 __global__ __launch_bounds__(kPoolThreads) void max_backward_square_kernel(PoolShape g, Units units, bool paired,
                                                                            const T* __restrict__ grad,
                                                                            const uint8_t* __restrict__ offsets,
                                                                            T* __restrict__ grad_input) {
   using Near = Reach<kWindow, kPad>;
+  constexpr int kPairs = square_rows(N), kRows = Near::kCount + kPairs - 1;
   Unit unit;
   if (!units.find(unit)) return;
-  const int pixel = N == 1 ? 1 : g.pixel;
+  const auto pixel = in_plane<N>(N == 1 ? 1 : g.pixel), output_row = in_plane<N>(g.output_row);
   const int64_t plane = unit.outer * g.output_outer + unit.inner * N;
+  const T* from = grad + plane;
+  const uint8_t* taps = offsets + plane;
   // All loads first, so that they are in flight together.
-  Vector<T, N> value[Near::kCount][Near::kCount];
-  int offset[Near::kCount][Near::kCount][N];
+  Vector<T, N> value[kRows][Near::kCount];
+  int offset[kRows][Near::kCount][N];
 #pragma unroll
-  for (int ki = 0; ki < Near::kCount; ++ki)
+  for (int ki = 0; ki < kRows; ++ki)
 #pragma unroll
     for (int kj = 0; kj < Near::kCount; ++kj) {
-      const int i = static_cast<int>(unit.row) + Near::kFirst + ki,
-                j = static_cast<int>(unit.column) + Near::kFirst + kj;
-      // A window that does not exist: the nearest that does, under an offset that is nobody's.
-      const bool exists = i >= 0 && i < g.p && j >= 0 && j < g.q;
-      const int64_t window =
-          plane + min(max(i, 0), g.p - 1) * g.output_row + static_cast<int64_t>(min(max(j, 0), g.q - 1)) * pixel;
-      value[ki][kj] = load_units<Near::kCount == 1, N>(grad + window);
-      load_offsets<N>(offsets + window, offset[ki][kj]);
+      const int i = static_cast<int>(unit.row) * kPairs + Near::kFirst + ki;
+      const int j = static_cast<int>(unit.column) + Near::kFirst + kj;
+      const bool exists = static_cast<unsigned>(i) < static_cast<unsigned>(g.p) &&
+                          static_cast<unsigned>(j) < static_cast<unsigned>(g.q);
+      // A window that does not exist has an offset that is nobody's.
+      if constexpr (N == 1) {
+        value[ki][kj] = {};
+        offset[ki][kj][0] = -1;
+        if (exists) {
+          value[ki][kj] = load_units<Near::kCount == 1, 1>(from + (i * output_row + j));
+          load_offsets<1>(taps + (i * output_row + j), offset[ki][kj]);
+        }
+      } else {
+        // Vectors of it come from the nearest that does: conditional loads would be branches, one waiting for the
+        // other.
+        const auto window = min(max(i, 0), g.p - 1) * output_row + min(max(j, 0), g.q - 1) * pixel;
+        value[ki][kj] = load_units<Near::kCount == 1, N>(from + window);
+        load_offsets<N>(taps + window, offset[ki][kj]);
 #pragma unroll
-      for (int n = 0; n < N; ++n) offset[ki][kj][n] = exists ? offset[ki][kj][n] : -1;
+        for (int n = 0; n < N; ++n) offset[ki][kj][n] = exists ? offset[ki][kj][n] : -1;
+      }
     }
-  float sum[2][2][N] = {};
+  float sum[2 * kPairs][2][N] = {};
 #pragma unroll
-  for (int ki = 0; ki < Near::kCount; ++ki)
+  for (int row = 0; row < 2 * kPairs; ++row)
 #pragma unroll
-    for (int kj = 0; kj < Near::kCount; ++kj)
+    for (int dw = 0; dw < 2; ++dw)
 #pragma unroll
-      for (int dh = 0; dh < 2; ++dh)
+      for (int ki = 0; ki < Near::kCount; ++ki)
 #pragma unroll
-        for (int dw = 0; dw < 2; ++dw) {
-          if (!Near::covers(ki, dh) || !Near::covers(kj, dw)) continue;
-          const int tap = Near::tap(ki, dh) * kWindow + Near::tap(kj, dw);
+        for (int kj = 0; kj < Near::kCount; ++kj) {
+          if (!Near::covers(ki, row % 2) || !Near::covers(kj, dw)) continue;
+          const int tap = Near::tap(ki, row % 2) * kWindow + Near::tap(kj, dw);
 #pragma unroll
           for (int n = 0; n < N; ++n)
-            if (offset[ki][kj][n] == tap) sum[dh][dw][n] += to_float(value[ki][kj][n]);
+            if (offset[row / 2 + ki][kj][n] == tap) sum[row][dw][n] += to_float(value[row / 2 + ki][kj][n]);
         }
+  const auto input_row = in_plane<N>(g.input_row);
   T* to = grad_input + unit.outer * g.input_outer + unit.inner * N;
 #pragma unroll
-  for (int dh = 0; dh < 2; ++dh) {
-    const int h = 2 * unit.row + dh, w = 2 * unit.column;
+  for (int row = 0; row < 2 * kPairs; ++row) {
+    const int h = 2 * kPairs * unit.row + row, w = 2 * unit.column;
     if (h >= g.h) continue;
-    T* line = to + h * g.input_row + static_cast<int64_t>(w) * pixel;
+    T* line = to + h * input_row + w * pixel;
     if (N == 1 && paired) {
-      const float both[2] = {sum[dh][0][0], sum[dh][1][0]};
+      const float both[2] = {sum[row][0][0], sum[row][1][0]};
       store_vector(line, from_float<T, 2>(both));
       continue;
     }
-#pragma unroll
-    for (int dw = 0; dw < 2; ++dw)
-      if (w + dw < g.w) store_units<N>(line + dw * pixel, from_float<T, N>(sum[dh][dw]));
+    store_vector(line, from_float<T, N>(sum[row][0]));
+    if (w + 1 < g.w) store_vector(line + pixel, from_float<T, N>(sum[row][1]));
   }
 }
 
@@ -182,7 +198,7 @@ __global__ __launch_bounds__(kPoolThreads) void max_backward_rows_kernel(PoolSha
 #pragma unroll
   for (int dh = 0; dh < 2; ++dh) {
     const int h = 2 * unit.row + dh;
-    if (h < g.h) store_units<kLanes>(to + h * g.input_row, from_float<T, kLanes>(sum[dh]));
+    if (h < g.h) store_vector(to + h * g.input_row, from_float<T, kLanes>(sum[dh]));
   }
 }
 

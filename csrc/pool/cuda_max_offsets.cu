@@ -41,7 +41,7 @@ __global__ __launch_bounds__(kPoolThreads) void max_indices_kernel(PoolShape g, 
       const Winner winner(g, window_columns, unit, tap[first + n]);
       values[n] = static_cast<int64_t>(winner.h) * g.w + winner.w;
     }
-    store_units<kEach>(indices + index + first, values);
+    store_vector(indices + index + first, values);
   }
 }
 
@@ -62,7 +62,7 @@ __global__ __launch_bounds__(kPoolThreads) void max_gather_kernel(PoolShape g, U
     values[n] = from_float<T>(0);
     if (winner.inside(g)) values[n] = x[g.input_at(unit.outer, winner.h, winner.w) + unit.inner * N + n];
   }
-  store_units<N>(y + index, values);
+  store_vector(y + index, values);
 }
 
 template <int N, class Offset>

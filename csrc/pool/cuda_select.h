@@ -30,6 +30,12 @@ inline int unrolled_window(const PoolProblem& p) {
   return same && (p.r == 2 || p.r == 3) ? static_cast<int>(p.r) : 0;
 }
 
+/// No window hangs over an edge.
+inline bool windows_are_inside(const PoolProblem& p) {
+  return p.padding.h == 0 && p.padding.w == 0 && (p.p() - 1) * p.stride.h + p.dilation.h * (p.r - 1) < p.h &&
+         (p.q() - 1) * p.stride.w + p.dilation.w * (p.s - 1) < p.w;
+}
+
 /// NHWC: every pixel of every tensor starts on 16 bytes, and its offsets on as many bytes as a vector has channels.
 inline bool channels_are_vectors(const PoolProblem& p, const void* wide, const void* narrow, const void* offsets) {
   const int64_t bytes = element_bytes(p.dtype), lanes = 16 / bytes;
@@ -59,12 +65,13 @@ inline PoolChoice choose_max(const PoolProblem& p, const void* wide, const void*
     return {PoolPath::rows, window, true, "NCHW, rows of whole 16-byte vectors, and windows that pair their columns"};
   const bool vectors = channels_are_vectors(p, wide, narrow, offsets);
   if (window && vectors) return {PoolPath::square, window, true, "NHWC, pixels of whole 16-byte vectors"};
-  if (window && p.layout == Layout::nchw)
+  if (window && p.layout == Layout::nchw && p.h * p.w <= INT32_MAX)
     return {PoolPath::square, window, false,
             "NCHW, rows or pointers not on 16 bytes: neighbouring threads take neighbouring outputs"};
   if (!window && vectors)
     return {PoolPath::general, 0, true, "not a 2 x 2 or 3 x 3 window of stride 2: a loop over the window"};
   if (!window) return {PoolPath::general, 0, false, "not a 2 x 2 or 3 x 3 window of stride 2, nor on 16 bytes"};
+  if (p.layout == Layout::nchw) return {PoolPath::general, 0, false, "a plane of more than 2^31 elements"};
   return {PoolPath::general, 0, false, "NHWC, channels or pointers not on 16 bytes: one channel a thread"};
 }
 

@@ -68,16 +68,12 @@ void for_each_slice(int64_t outer, int64_t rows, int64_t columns, int64_t inner,
 
 inline dim3 grid_of(const Units& units) { return {blocks_for(units.count, kPoolThreads)}; }
 
-/// A vector as one access of its own width; streaming where that is 16 bytes. Streaming is for what is used once.
+/// A vector as one access; streaming, for what is read once, where it has 16 bytes. Results are stored normally: the
+/// next layer reads them.
 template <bool kStreaming, int N, class T>
 __device__ __forceinline__ Vector<T, N> load_units(const T* from) {
   if constexpr (kStreaming && sizeof(T) * N == 16) return load_streaming<N>(from);
   else return load_vector<N>(from);
-}
-template <int N, class T>
-__device__ __forceinline__ void store_units(T* to, const Vector<T, N>& value) {
-  if constexpr (sizeof(T) * N == 16) store_streaming(to, value);
-  else store_vector(to, value);
 }
 
 }  // namespace fastconv::cuda
