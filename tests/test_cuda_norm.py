@@ -1,0 +1,161 @@
+"""CUDA local response normalisation in the emulator: near float64's results, and as near as the CPU kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cuda_memory import DTYPES, FORMATS, check_guards, fresh, generators, placed
+from emulator_library import DType, Library, build
+from torch import Tensor
+
+from fastconv._library import ops as raw
+
+SOURCES = ["csrc/norm/cuda_response.cu"]
+
+
+class NormProblem(ctypes.Structure):
+    """csrc/norm/norm.h"""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "c", "plane", "size")),
+        *((name, ctypes.c_double) for name in ("scale", "beta", "k")),
+        ("layout", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Norm:
+    shape: tuple[int, int, int, int]
+    size: int = 5
+    alpha: float = 1e-4
+    beta: float = 0.75
+    k: float = 2
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+    shift: int = 0
+
+    def problem(self) -> NormProblem:
+        n, c, h, w = self.shape
+        dtype = DType[str(self.dtype).removeprefix("torch.")]
+        layout = int(self.memory_format == torch.channels_last)
+        return NormProblem(n, c, h * w, self.size, self.alpha / self.size, self.beta, self.k, layout, dtype)
+
+    @property
+    def numbers(self) -> tuple[int, float, float, float]:
+        return self.size, self.alpha, self.beta, self.k
+
+    def placed(self, values: Tensor) -> Tensor:
+        return placed(values.to(self.dtype), self.memory_format, self.shift)
+
+    def fresh(self) -> Tensor:
+        return fresh(self.shape, self.dtype, self.memory_format, self.shift)
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return build(SOURCES)
+
+
+@pytest.fixture(scope="module")
+def checked() -> Iterator[Library]:
+    library = build(SOURCES, "checked")
+    library.configure(check_races=True)
+    yield library
+    library.configure()
+
+
+def run(library: Library, norm: Norm, x: Tensor, other: Tensor) -> list[Tensor]:
+    """Forward, derivative along `other`, gradient for `other`."""
+    y, y_tangent, grad_input = norm.fresh(), norm.fresh(), norm.fresh()
+    library.call("local_response_norm", "channels", norm.problem(), x, y)
+    library.call("local_response_norm_jvp", "channels", norm.problem(), x, other, y_tangent)
+    library.call("local_response_norm_backward", "channels", norm.problem(), other, x, grad_input)
+    check_guards(x, other, y, y_tangent, grad_input)
+    return [y, y_tangent, grad_input]
+
+
+def run_on_cpu(norm: Norm, x: Tensor, other: Tensor) -> list[Tensor]:
+    return [
+        raw.local_response_norm(x, *norm.numbers),
+        raw.local_response_norm_jvp(x, other, *norm.numbers),
+        raw.local_response_norm_backward(other, x, *norm.numbers),
+    ]
+
+
+def check(library: Library, norm: Norm, x: Tensor, other: Tensor) -> None:
+    x, other = norm.placed(x), norm.placed(other)
+    exact = run_on_cpu(norm, x.double(), other.double())
+    eps = torch.finfo(norm.dtype)
+    # The powers come from two or three operations of two units each, the sums from `size` terms.
+    terms = (16 + norm.size) * torch.finfo(torch.float32).eps
+    for name, actual, value in zip(
+        ("forward", "tangent", "gradient"), run(library, norm, x, other), exact, strict=True
+    ):
+        assert not actual.isnan().any(), f"{name} of {norm}"
+        scale = value.abs() + value.square().mean().sqrt()
+        allowed = (terms + 0.5 * eps.eps) * scale + eps.tiny
+        error = (actual.double() - value).abs()
+        assert (error <= allowed).all(), f"{name} of {norm}: {(error / allowed).max():.3g} times what is allowed"
+
+
+def drawn(choose: random.Random, number: int) -> Norm:
+    shape = (
+        choose.randint(1, 2),
+        choose.choice([1, 2, 3, 4, 5, 8, 16, 24, 33, 40, 64]),
+        choose.randint(1, 6),
+        choose.choice([1, 2, 4, 5, 8, 11]),
+    )
+    size = 5 if choose.random() < 0.7 else choose.choice([1, 2, 3, 4, 6, 7, 9, 70])
+    beta = 0.75 if choose.random() < 0.7 else choose.choice([0.5, 1.0, 0.6, 2.0])
+    return Norm(
+        shape, size, choose.choice([1e-4, 1.0]), beta, choose.choice([1.0, 2.0, 0.5]), DTYPES[number % 3],
+        choose.choice(FORMATS), choose.choice([0, 0, 1]),
+    )  # fmt: skip
+
+
+def test_drawn_problems(library):
+    choose, generator = generators(1)
+    for number in range(240):
+        norm = drawn(choose, number)
+        check(library, norm, *torch.randn((2, *norm.shape), generator=generator))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(2, 96, 5, 55), (2, 256, 3, 27), (1, 96, 8, 8)], ids=str)
+def test_alexnets_layers(library, shape, memory_format):
+    _, generator = generators(2)
+    for dtype in DTYPES:
+        for shift in (0, 1):
+            norm = Norm(shape, dtype=dtype, memory_format=memory_format, shift=shift)
+            check(library, norm, *torch.randn((2, *norm.shape), generator=generator))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("size", [5, 3])
+def test_zero_and_infinite_divisors_are_the_cpus(library, memory_format, size):
+    """k = 0 over zeros divides by zero; 1e20 squared is infinite in float32. Edges must not invent NaN."""
+    _, generator = generators(3)
+    for k, large in ((0.0, 1.0), (1.0, 1e20)):
+        norm = Norm((1, 24, 2, 4), size, 1.0, 0.75, k, memory_format=memory_format)
+        values = torch.randn(norm.shape, generator=generator) * 0.5 + 1
+        values[:, 5] = large
+        x, other = norm.placed(values), norm.placed(torch.randn(norm.shape, generator=generator))
+        for actual, expected in zip(run(library, norm, x, other), run_on_cpu(norm, x, other), strict=True):
+            assert torch.equal(actual.isnan(), expected.isnan()), norm
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        zeros = norm.placed(torch.zeros(norm.shape))
+        actual, expected = run(library, norm, zeros, other), run_on_cpu(norm, zeros, other)
+        assert torch.equal(actual[0].isnan(), expected[0].isnan()), norm
+
+
+def test_kernels_do_not_race(checked):
+    choose, generator = generators(4)
+    for number in range(20):
+        norm = drawn(choose, number)
+        check(checked, norm, *torch.randn((2, *norm.shape), generator=generator))
