@@ -45,15 +45,16 @@ setup: $(STAMP)/build $(STAMP)/data  ## everything the other targets need, and n
 demo: $(STAMP)/build $(STAMP)/data  ## train LeNet-5 on real digits with fastconv and with torch.nn, side by side
 	$(RUN) examples/train_lenet.py
 
-test: $(STAMP)/build $(STAMP)/data  ## the whole test suite
-	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
+# The report fails the run if a CUDA kernel was never called, so it is for the whole suite only.
+test: $(STAMP)/build $(STAMP)/data  ## the whole test suite, `make emulate` included
+	PYTHONPATH=tests $(RUN) -m pytest -n 2 $(if $(PYTEST_ARGS),,-p emulator_report) $(PYTEST_ARGS)
 
 bench: $(STAMP)/build  ## the lecture's layers against torch, as ratios
 	$(RUN) -m pytest benchmarks --benchmark-only $(BENCH_ARGS) $(PYTEST_ARGS)
 
 # MAX_JOBS compilers at once. The Python tests compile the kernels and the emulator themselves, into build/emulator.
 emulate: $(STAMP)/build  ## every CUDA kernel on the CPU: results, races, planted bugs; needs no GPU and no CUDA
-	PYTHONPATH=tests $(RUN) -m pytest -p emulator_report \
+	PYTHONPATH=tests $(RUN) -m pytest -n 2 -p emulator_report \
 	    $(wildcard tests/test_cuda_*.py tests/test_emulator*.py) $(PYTEST_ARGS)
 
 lint: $(STAMP)/venv  ## ruff, mypy --strict, clang-format; changes nothing

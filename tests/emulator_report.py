@@ -1,9 +1,11 @@
-"""pytest plugin of `make emulate`: which emulated kernels ran, in how many cases, with which worst error.
+"""pytest plugin of `make emulate` and `make test`: which emulated kernels ran, in how many cases, how far off at worst.
 
 The run fails if a launcher of a csrc/*/cuda*.cu file was never called: a kernel that is not emulated is not tested.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import emulator_library as emulator
 import pytest
@@ -20,9 +22,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{name} was never called", red=True)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if exitstatus == pytest.ExitCode.OK and _never_called():
+    worker = getattr(session.config, "workeroutput", None)
+    if worker is not None:  # one of several processes: the first of them collects what all have seen
+        worker["emulated"] = [(*name, record.cases, record.worst_error) for name, record in emulator.records.items()]
+    elif exitstatus == pytest.ExitCode.OK and _never_called():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for op, algo, cases, worst_error in getattr(node, "workeroutput", {}).get("emulated", []):
+        emulator.records.setdefault((op, algo), emulator.Record()).cases += cases
+        if worst_error is not None:
+            emulator.note_error(op, algo, worst_error)
 
 
 def _never_called() -> list[str]:
