@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "csrc" / "emulator"
@@ -130,6 +131,22 @@ def declared_launchers() -> dict[tuple[str, str], Path]:
     return {
         (op, algo): source for source in kernel_sources() for op, algo in pattern.findall((ROOT / source).read_text())
     }
+
+
+def build_ops(sources: Iterable[str | Path]) -> Path:
+    """A library of torch ops over emulated kernels: `.cu` files and host functions (``csrc/cuda_support/host.h``).
+
+    Load it with ``torch.ops.load_library``; its ops are in ``torch.ops.fastconv_emulated`` and take CPU tensors.
+    """
+    host = [*sources, "csrc/common/checks.cpp"]
+    include = [f"-isystem{folder}" for folder in cpp_extension.include_paths("cpu")]
+    libraries = cpp_extension.library_paths("cpu")
+    links = [*(f"-L{folder}" for folder in libraries), *(f"-Wl,-rpath,{folder}" for folder in libraries)]
+    KINDS["ops"] = Kind(
+        ("-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", *include),
+        link_flags=(*links, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
+    )
+    return build_file(host, "ops")
 
 
 def build_file(sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[str] = ()) -> Path:
