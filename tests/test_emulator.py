@@ -17,6 +17,7 @@ import emulator_library as emulator
 import pytest
 import torch
 from emulator_kernels import (
+    ERRORS,
     MMA,
     NAN,
     PIPELINE,
@@ -319,7 +320,7 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
-@pytest.mark.parametrize("source", [SIMT, MMA, PIPELINE, WGMMA])
+@pytest.mark.parametrize("source", [SIMT, MMA, PIPELINE, WGMMA, ERRORS])
 def test_nvcc_accepts_the_same_source(source: str, tmp_path: Path) -> None:
     command = [NVCC, "-std=c++20", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "-Icsrc", "-c"]
     result = subprocess.run(

@@ -14,8 +14,8 @@
 namespace fastconv::emulator {
 namespace {
 
-/// In registers whose value is away: a NaN that no computation gives.
-constexpr uint32_t kAway = 0x7fc5a5a5;
+/// In registers whose value is away: a signalling NaN. Arithmetic on it gives a quiet one, so even d[i] += x shows.
+constexpr uint32_t kAway = 0x7f85a5a5;
 
 void save_fragment(Accumulator& accumulator, int lane) {
   float* d = accumulator.registers[lane];
@@ -47,9 +47,10 @@ struct Descriptor {
 Descriptor decode(uint64_t bits, Location at) {
   if (bits >> 49 & 7)
     fail(at, "a wgmma descriptor with a base offset: not modelled, and measured to give wrong results");
+  if (bits >> 62 == 0) fail(at, "a wgmma descriptor without a swizzle: not modelled");
   const auto field = [bits](int shift) { return static_cast<uint32_t>(bits >> shift & 0x3fff) << 4; };
   const int mode = static_cast<int>(bits >> 62);
-  return {field(0), field(16), field(32), mode == 0 ? Swizzle::none : static_cast<Swizzle>(4 - mode)};
+  return {field(0), field(16), field(32), static_cast<Swizzle>(4 - mode)};
 }
 
 /// Where element (mn, k) of the operand begins; the layouts are in cuda_support/ptx_wgmma.cuh.
