@@ -29,7 +29,7 @@ __device__ void wrong_warp(int which, uint32_t shared, float* global) {
     ptx::barrier_cluster_arrive();
     ptx::barrier_cluster_arrive();
   }
-  if (which == 13) ptx::setmaxnreg_inc<24>();
+  if (which == 13) ptx::setmaxnreg_inc<232>();
   if (which == 14) atomicAdd(reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(global) + 2), 1.0f);
   if (which == 15 && lane < 16) {
     uint32_t r[1];

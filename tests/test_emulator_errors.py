@@ -20,7 +20,7 @@ CASES = {
     10: "named barrier 1 over 33 threads",
     11: "barrier.cluster.wait without barrier.cluster.arrive",
     12: "barrier.cluster.arrive twice",
-    13: "setmaxnreg.inc to 24 registers, and the warp has 248",
+    13: "setmaxnreg.inc to 232 registers, and the warp has 248",
     14: "an atomic of 4 bytes at a misaligned address",
     15: "ldmatrix by a warp of which lanes [0-9a-f]{8} are there, expected all 32",
     20: "mbarrier.init at address .* expected a multiple of 8",
