@@ -99,19 +99,10 @@ void load_operand(const WgmmaOperation& operation, uint64_t bits, bool mn_major,
   }
 }
 
-/// The operand B that a warpgroup shares is converted once, not once per warp, as long as nothing changes it.
-struct OperandCache {
-  const Block* block = nullptr;
-  uint64_t version = 0, sequence = 0, descriptor = 0;
-  unsigned warpgroup = 0;
-  std::vector<float> values;
-};
-thread_local OperandCache cached_b;
-
 const float* operand_b(const WgmmaOperation& operation, uint64_t sequence) {
   const Warp& warp = *self().warp;
   const Block& block = *warp.block;
-  OperandCache& cache = cached_b;
+  OperandCache& cache = worker->operand_cache;
   const bool fresh = cache.block == &block && cache.version == block.shared_version && cache.sequence == sequence &&
                      cache.descriptor == operation.b && cache.warpgroup == warp.index / 4;
   if (!fresh || options().check_races) {
