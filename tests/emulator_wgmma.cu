@@ -176,22 +176,19 @@ __global__ void rounding_kernel(const __grid_constant__ CUtensorMap map, float* 
   if (threadIdx.x < 16) out[threadIdx.x] = values[threadIdx.x];
 }
 
-/// Two steps of one block with operands that only plain stores write: d[i] = 16 * step for step = 1, 2.
+/// One wgmma whose operands only plain stores write: ones times `value`, so d = 16 * value.
 __global__ void __launch_bounds__(128, 1) refill_kernel(float* d, int value) {
   FASTCONV_DYNAMIC_SHARED(raw);
   const uint32_t address = ptx::shared_address(raw), at = (address + 1023) & ~1023u;
   auto* operands = reinterpret_cast<half*>(raw + (at - address));
-  for (int i = static_cast<int>(threadIdx.x); i < 64 * 64; i += 128) operands[i] = from_float<half>(i % 64 < 16);
-  for (int i = static_cast<int>(threadIdx.x); i < 8 * 64; i += 128)
-    operands[64 * 64 + i] = from_float<half>(static_cast<float>(value));
+  for (int i = static_cast<int>(threadIdx.x); i < 72 * 64; i += 128)  // 64 rows of A, 8 of B
+    operands[i] = from_float<half>(i < 64 * 64 ? 1.0f : static_cast<float>(value));
   ptx::fence_proxy_async();
   __syncthreads();
   float sums[4] = {};
   ptx::wgmma_fence();
-  // A's ones lie in the chunks 0 and 1 of a row before the swizzle moves them; B is the same everywhere.
-  for (int step = 0; step < 4; ++step)
-    ptx::wgmma_mma_async<half, 8>(sums, ptx::wgmma_descriptor(at + 32 * step, 16, 1024),
-                                  ptx::wgmma_descriptor(at + 64 * 128 + 32 * step, 16, 1024), 1);
+  ptx::wgmma_mma_async<half, 8>(sums, ptx::wgmma_descriptor(at, 16, 1024),
+                                ptx::wgmma_descriptor(at + 64 * 128, 16, 1024), 1);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
   if (threadIdx.x == 0) d[0] = sums[0];
