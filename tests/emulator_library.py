@@ -167,7 +167,7 @@ def build_file(sources: Iterable[str | Path], kind: str = "plain", defines: Sequ
 
 def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: str) -> Path:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, root), jobs))
+        objects = list(pool.map(lambda job: _compile(job[0], job[1], root), jobs))
     library = root / f"libfastconv_emulated_{kind}_{_digest(map(str, objects))}.so"
     if not library.exists() or any(path.stat().st_mtime_ns > library.stat().st_mtime_ns for path in objects):
         fresh = library.with_suffix(f".{os.getpid()}")  # another process may have the old file loaded
