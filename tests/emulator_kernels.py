@@ -9,7 +9,9 @@ import emulator_library as emulator
 import torch
 from emulator_library import ConvProblem, DType, Library
 
-SIMT, MMA, PIPELINE, WGMMA = (f"tests/emulator_{name}.cu" for name in ("simt", "mma", "pipeline", "wgmma"))
+SIMT, MMA, PIPELINE, WGMMA, ERRORS = (
+    f"tests/emulator_{name}.cu" for name in ("simt", "mma", "pipeline", "wgmma", "errors")
+)
 NAN = float("nan")
 
 

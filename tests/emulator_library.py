@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "csrc" / "emulator"
@@ -132,6 +133,22 @@ def declared_launchers() -> dict[tuple[str, str], Path]:
     }
 
 
+def build_ops(sources: Iterable[str | Path]) -> Path:
+    """A library of torch ops over emulated kernels: `.cu` files and host functions (``csrc/cuda_support/host.h``).
+
+    Load it with ``torch.ops.load_library``; its ops are in ``torch.ops.fastconv_emulated`` and take CPU tensors.
+    """
+    host = [*sources, "csrc/common/checks.cpp"]
+    include = [f"-isystem{folder}" for folder in cpp_extension.include_paths("cpu")]
+    libraries = cpp_extension.library_paths("cpu")
+    links = [*(f"-L{folder}" for folder in libraries), *(f"-Wl,-rpath,{folder}" for folder in libraries)]
+    KINDS["ops"] = Kind(
+        ("-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", *include),
+        link_flags=(*links, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
+    )
+    return build_file(host, "ops")
+
+
 def build_file(sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[str] = ()) -> Path:
     """``build`` without loading: the library's path."""
     chosen = KINDS[kind]
@@ -150,7 +167,7 @@ def build_file(sources: Iterable[str | Path], kind: str = "plain", defines: Sequ
 
 def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: str) -> Path:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, root), jobs))
+        objects = list(pool.map(lambda job: _compile(job[0], job[1], root), jobs))
     library = root / f"libfastconv_emulated_{kind}_{_digest(map(str, objects))}.so"
     if not library.exists() or any(path.stat().st_mtime_ns > library.stat().st_mtime_ns for path in objects):
         fresh = library.with_suffix(f".{os.getpid()}")  # another process may have the old file loaded

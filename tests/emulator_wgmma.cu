@@ -176,6 +176,39 @@ __global__ void rounding_kernel(const __grid_constant__ CUtensorMap map, float* 
   if (threadIdx.x < 16) out[threadIdx.x] = values[threadIdx.x];
 }
 
+/// One wgmma whose operands only plain stores write: ones times `value`, so d = 16 * value.
+__global__ void __launch_bounds__(128, 1) refill_kernel(float* d, int value) {
+  FASTCONV_DYNAMIC_SHARED(raw);
+  const uint32_t address = ptx::shared_address(raw), at = (address + 1023) & ~1023u;
+  auto* operands = reinterpret_cast<half*>(raw + (at - address));
+  for (int i = static_cast<int>(threadIdx.x); i < 72 * 64; i += 128)  // 64 rows of A, 8 of B
+    operands[i] = from_float<half>(i < 64 * 64 ? 1.0f : static_cast<float>(value));
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float sums[4] = {};
+  ptx::wgmma_fence();
+  ptx::wgmma_mma_async<half, 8>(sums, ptx::wgmma_descriptor(at, 16, 1024),
+                                ptx::wgmma_descriptor(at + 64 * 128, 16, 1024), 1);
+  ptx::wgmma_commit_group();
+  ptx::wgmma_wait_group<0>();
+  if (threadIdx.x == 0) d[0] = sums[0];
+}
+
+/// A TMA store, then one of the two waits, then a look at the tensor.
+__global__ void bulk_kernel(const __grid_constant__ CUtensorMap map, const float* tensor, float* seen, int full) {
+  FASTCONV_SHARED(values, float[48]);
+  if (threadIdx.x > 0) return;
+  const uint32_t at = (ptx::shared_address(values) + 127) & ~127u;
+  for (int i = 0; i < 4; ++i) ptx::st_shared_v4(at + 16 * i, {1, 1, 1, 1});
+  ptx::fence_proxy_async();
+  ptx::cp_async_bulk_tensor_2d_store(&map, at, 0, 0);
+  ptx::cp_async_bulk_commit_group();
+  if (full) ptx::cp_async_bulk_wait_group<0>();
+  else ptx::cp_async_bulk_wait_group_read<0>();
+  ptx::st_shared_v4(at, {});  // what was stored has been read
+  seen[0] = tensor[0];
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------- launchers
@@ -241,5 +274,16 @@ void launch_rounding(const float* x, float* out, int to_tf32, cudaStream_t strea
   launch(FASTCONV_KERNEL(rounding_kernel), 1, 32, 0, stream, map, out);
 }
 FASTCONV_LAUNCHER("rounding", "tiled", launch_rounding);
+
+void launch_refill(float* d, int value, cudaStream_t stream) {
+  launch(FASTCONV_KERNEL(refill_kernel), 1, 128, 12 << 10, stream, d, value);
+}
+FASTCONV_LAUNCHER("refill", "wgmma", launch_refill);
+
+void launch_bulk(float* tensor, float* seen, int full, cudaStream_t stream) {
+  const CUtensorMap map = encode_tensor_map(TiledMap{MapElement::f32, 2, tensor, {16, 1}, {64}, {16, 1}, none});
+  launch(FASTCONV_KERNEL(bulk_kernel), 1, 32, 0, stream, map, tensor, seen, full);
+}
+FASTCONV_LAUNCHER("bulk", "store", launch_bulk);
 
 }  // namespace fastconv::cuda

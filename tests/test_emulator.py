@@ -17,6 +17,7 @@ import emulator_library as emulator
 import pytest
 import torch
 from emulator_kernels import (
+    ERRORS,
     MMA,
     NAN,
     PIPELINE,
@@ -264,6 +265,23 @@ def test_a_launcher_is_called_with_what_it_takes() -> None:
         built.call("sum", "block", 1, torch.zeros(1), 1, 1)
 
 
+# ---------------------------------------------------------------- torch
+
+
+@pytest.mark.slow
+def test_one_host_function_serves_the_emulator_and_the_gpu() -> None:
+    torch.ops.load_library(emulator.build_ops([SIMT, "tests/emulator_op.cpp"]))
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).half()
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        y = torch.ops.fastconv_emulated.scale(given, 3.0)
+        assert torch.equal(y, (given.float() * 3).half())
+        assert y.stride() == given.stride()
+    with pytest.raises(RuntimeError, match="input has 3 dimensions, expected 4"):
+        torch.ops.fastconv_emulated.scale(x[0], 3.0)
+    with pytest.raises(RuntimeError, match="scale: got float64, expected float32"):
+        torch.ops.fastconv_emulated.scale(x.double(), 3.0)
+
+
 # ---------------------------------------------------------------- other compilers
 
 
@@ -302,7 +320,7 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
-@pytest.mark.parametrize("source", [SIMT, MMA, PIPELINE, WGMMA])
+@pytest.mark.parametrize("source", [SIMT, MMA, PIPELINE, WGMMA, ERRORS])
 def test_nvcc_accepts_the_same_source(source: str, tmp_path: Path) -> None:
     command = [NVCC, "-std=c++20", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "-Icsrc", "-c"]
     result = subprocess.run(

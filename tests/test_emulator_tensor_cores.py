@@ -34,6 +34,14 @@ def test_wgmma_layouts(name: str) -> None:
             assert product(library(files=(WGMMA,), timing=timing), name, shift)
 
 
+def test_operands_of_an_earlier_launch_are_forgotten() -> None:
+    """The emulator converts an operand once for four warps; plain stores of the next launch must count."""
+    for value in (1, 2, 3):
+        d = torch.zeros(1)
+        library(files=(WGMMA,)).call("refill", "wgmma", d, value)
+        assert d.item() == 16 * value
+
+
 def test_wgmma_with_exchanged_offsets_is_caught() -> None:
     """Leading and stride offset of an MN-major operand the wrong way round: wrong values, or beyond shared memory."""
     try:

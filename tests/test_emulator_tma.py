@@ -164,3 +164,13 @@ def test_rounding_on_load(to_tf32: int) -> None:
     out = torch.full((16,), NAN)
     library(files=(WGMMA,)).call("rounding", "tiled", x, out, to_tf32)
     assert out[:8].view(torch.int32).tolist() == (rounded if to_tf32 else given)
+
+
+def test_a_store_is_visible_only_after_the_wait_without_read() -> None:
+    for full in (0, 1):
+        space = torch.zeros(64)
+        tensor, seen = space[-space.data_ptr() // 4 % 16 :][:16], torch.full((1,), NAN)
+        library(files=(WGMMA,)).call("bulk", "store", tensor, seen, full)
+        one = torch.tensor([1], dtype=torch.int32).view(torch.float32)
+        assert torch.equal(seen, one if full else torch.zeros(1))
+        assert torch.equal(tensor, one.expand(16))  # in the end it is there, as it was when it was stored

@@ -114,6 +114,7 @@ void prepare_batch(Batch& batch, const Grid& grid, const std::function<void()>& 
   batch.body = &body;
   batch.random_state = options().seed * 7919u + first + 1;
   batch.pending.clear();
+  worker->operand_cache.block = nullptr;  // blocks are reused, what they hold is not
   batch.error.clear();
   batch.started = 0;
   batch.alive = threads * count;

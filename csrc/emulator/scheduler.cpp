@@ -40,8 +40,13 @@ void fiber_main() {
       Thread& thread = *batch.order[batch.started++];
       thread.fiber = &fiber;
       current = &thread;
-      (*batch.body)();
-      finish_thread(thread);
+      try {
+        (*batch.body)();
+        finish_thread(thread);
+      } catch (const std::exception& failure) {  // nothing may unwind past the end of the fiber
+        batch.error = describe(thread) + ": " + failure.what();
+        abandon_fiber();
+      }
     }
     fiber.idle = true;
     mine.idle.push_back(&fiber);

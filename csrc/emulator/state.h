@@ -193,6 +193,7 @@ struct Worker {
   std::vector<Fiber*> idle;
   Fiber* running = nullptr;
   Batch batch;
+  OperandCache operand_cache;
   uint64_t switches = 0, tma_operations = 0, wgmma_warps = 0;
 };
 

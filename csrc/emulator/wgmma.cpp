@@ -14,8 +14,8 @@
 namespace fastconv::emulator {
 namespace {
 
-/// In registers whose value is away: a NaN that no computation gives.
-constexpr uint32_t kAway = 0x7fc5a5a5;
+/// In registers whose value is away: a signalling NaN. Arithmetic on it gives a quiet one, so even d[i] += x shows.
+constexpr uint32_t kAway = 0x7f85a5a5;
 
 void save_fragment(Accumulator& accumulator, int lane) {
   float* d = accumulator.registers[lane];
@@ -47,9 +47,10 @@ struct Descriptor {
 Descriptor decode(uint64_t bits, Location at) {
   if (bits >> 49 & 7)
     fail(at, "a wgmma descriptor with a base offset: not modelled, and measured to give wrong results");
+  if (bits >> 62 == 0) fail(at, "a wgmma descriptor without a swizzle: not modelled");
   const auto field = [bits](int shift) { return static_cast<uint32_t>(bits >> shift & 0x3fff) << 4; };
   const int mode = static_cast<int>(bits >> 62);
-  return {field(0), field(16), field(32), mode == 0 ? Swizzle::none : static_cast<Swizzle>(4 - mode)};
+  return {field(0), field(16), field(32), static_cast<Swizzle>(4 - mode)};
 }
 
 /// Where element (mn, k) of the operand begins; the layouts are in cuda_support/ptx_wgmma.cuh.
@@ -98,19 +99,10 @@ void load_operand(const WgmmaOperation& operation, uint64_t bits, bool mn_major,
   }
 }
 
-/// The operand B that a warpgroup shares is converted once, not once per warp, as long as nothing changes it.
-struct OperandCache {
-  const Block* block = nullptr;
-  uint64_t version = 0, sequence = 0, descriptor = 0;
-  unsigned warpgroup = 0;
-  std::vector<float> values;
-};
-thread_local OperandCache cached_b;
-
 const float* operand_b(const WgmmaOperation& operation, uint64_t sequence) {
   const Warp& warp = *self().warp;
   const Block& block = *warp.block;
-  OperandCache& cache = cached_b;
+  OperandCache& cache = worker->operand_cache;
   const bool fresh = cache.block == &block && cache.version == block.shared_version && cache.sequence == sequence &&
                      cache.descriptor == operation.b && cache.warpgroup == warp.index / 4;
   if (!fresh || options().check_races) {

@@ -47,4 +47,12 @@ struct WgmmaQueue {
   std::vector<std::unique_ptr<Accumulator>> accumulators;
 };
 
+/// The operand B that a warpgroup shares is converted once, not once per warp, as long as nothing changes it.
+struct OperandCache {
+  const Block* block = nullptr;  // null: nothing is cached
+  uint64_t version = 0, sequence = 0, descriptor = 0;
+  unsigned warpgroup = 0;
+  std::vector<float> values;
+};
+
 }  // namespace fastconv::emulator
