@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cuda_memory import DTYPES, FORMATS, check_guards, fresh, generators, placed
-from emulator_library import DType, Library, build
+from emulator_library import DType, Library, build, note_error
 from torch import Tensor
 
 from fastconv._library import ops as raw
@@ -94,14 +94,14 @@ def check(library: Library, norm: Norm, x: Tensor, other: Tensor) -> None:
     eps = torch.finfo(norm.dtype)
     # The powers come from two or three operations of two units each, the sums from `size` terms.
     terms = (16 + norm.size) * torch.finfo(torch.float32).eps
-    for name, actual, value in zip(
-        ("forward", "tangent", "gradient"), run(library, norm, x, other), exact, strict=True
-    ):
-        assert not actual.isnan().any(), f"{name} of {norm}"
-        scale = value.abs() + value.square().mean().sqrt()
-        allowed = (terms + 0.5 * eps.eps) * scale + eps.tiny
-        error = (actual.double() - value).abs()
-        assert (error <= allowed).all(), f"{name} of {norm}: {(error / allowed).max():.3g} times what is allowed"
+    for suffix, actual, value in zip(("", "_jvp", "_backward"), run(library, norm, x, other), exact, strict=True):
+        op = f"local_response_norm{suffix}"
+        assert not actual.isnan().any(), f"{op} of {norm}"
+        scale = value.abs() + value.square().mean().sqrt() + eps.tiny / eps.eps
+        error = (actual.double() - value).abs() / scale
+        note_error(op, "channels", error.max().item() / eps.eps)
+        allowed = terms + 0.5 * eps.eps
+        assert (error <= allowed).all(), f"{op} of {norm}: off by {error.max():.3g} of its size, allowed {allowed:.3g}"
 
 
 def drawn(choose: random.Random, number: int) -> Norm:
