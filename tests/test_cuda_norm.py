@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cuda_memory import DTYPES, FORMATS, check_guards, fresh, generators, placed
+from cuda_memory import DTYPES, FORMATS, check_guards, explained, fresh, generators, placed
 from emulator_library import DType, Library, build, note_error
 from torch import Tensor
 
@@ -124,6 +124,20 @@ def test_drawn_problems(library):
     for number in range(240):
         norm = drawn(choose, number)
         check(library, norm, *torch.randn((2, *norm.shape), generator=generator))
+
+
+def test_which_kernel_serves_and_why(library):
+    def kernel(norm: Norm) -> str:
+        x = norm.fresh()
+        return explained(library, "explain_local_response_norm", norm.problem(), x, None, x, algo="channels")
+
+    last = torch.channels_last
+    assert kernel(Norm((2, 96, 5, 55))).startswith("walk: NCHW, planes or pointers not on vectors")
+    assert kernel(Norm((2, 96, 8, 8), dtype=torch.float16)).startswith("walk with vectors: NCHW")
+    assert kernel(Norm((2, 96, 5, 55), memory_format=last)).startswith("channels with vectors: NHWC")
+    assert kernel(Norm((2, 96, 5, 55), memory_format=last, shift=1)).startswith("any: NHWC, channels or pointers")
+    assert kernel(Norm((2, 96, 5, 55), size=3)).startswith("any: not a window of five")
+    assert kernel(Norm((2, 96, 5, 55), beta=0.5)).startswith("any: an exponent other than 3/4")
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])

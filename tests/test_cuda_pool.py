@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_memory import DTYPES, FORMATS, check_guards, generators, same, whole_numbers
+from cuda_memory import DTYPES, FORMATS, check_guards, explained, generators, same, whole_numbers
 from cuda_pools import LECTURE, SOURCES, Pool, assert_near, checked_library, drawn, gradient_of, lecture_pool
 from emulator_library import Library, build, note_error
 from torch import Tensor
@@ -29,12 +29,6 @@ def library() -> Library:
 @pytest.fixture(scope="module")
 def checked() -> Iterator[Library]:
     yield from checked_library()
-
-
-def explained(library: Library, pool: Pool, wide: Tensor, narrow: Tensor, offsets: Tensor | None) -> str:
-    text = torch.zeros(200, dtype=torch.uint8)
-    library.call("explain_max_pool2d", "windows", pool.of(wide), wide, narrow, offsets, text, text.numel())
-    return bytes(text.tolist()).split(b"\0")[0].decode()
 
 
 def check_max(library: Library, pool: Pool, values: Tensor, gradient: Tensor) -> str:
@@ -65,7 +59,7 @@ def check_max(library: Library, pool: Pool, values: Tensor, gradient: Tensor) ->
     check_guards(x, y, alone, offsets, indices, picked, grad, grad_input)
     for op in ("max_pool2d", "max_pool2d_indices", "max_pool2d_gather", "max_pool2d_backward"):
         note_error(op, "windows", 0)
-    return explained(library, pool, x, y, offsets)
+    return explained(library, "explain_max_pool2d", problem, x, y, offsets)
 
 
 def pool_may_have_empty_windows(pool: Pool) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cuda_memory import DTYPES, FORMATS, check_guards, generators, same, whole_numbers
+from cuda_memory import DTYPES, FORMATS, check_guards, explained, generators, same, whole_numbers
 from cuda_pools import SOURCES, Pair, Pool, assert_near, checked_library, drawn, gradient_of, lecture_pool
 from emulator_library import Library, build, note_error
 from torch.nn import functional as F
@@ -69,6 +69,21 @@ def test_average_of_the_lectures_layers(library, name):
         for memory_format in FORMATS:
             for divisor in DIVISORS:
                 check_average(library, lecture_pool(name, dtype, memory_format), divisor, generator)
+
+
+def test_which_kernel_serves_and_why(library):
+    def kernel(pool: Pool, override: float = 0) -> str:
+        x, y = pool.fresh(pool.shape), pool.fresh((*pool.shape[:2], *pool.positions()))
+        return explained(library, "explain_avg_pool2d", pool.of(x), override, x, y)
+
+    last, first = torch.channels_last, torch.contiguous_format
+    assert kernel(lecture_pool("lenet", torch.float32, first)).startswith("square 2: NCHW")
+    assert kernel(lecture_pool("lenet-second", torch.float16, last)).startswith("square 2 with 16-byte vectors: NHWC")
+    assert kernel(lecture_pool("lenet-second", torch.float16, last, 1)).startswith(
+        "general: NHWC, channels or pointers"
+    )
+    assert kernel(lecture_pool("lenet", torch.float32, first), 3).startswith("general: not whole 2 x 2 windows")
+    assert kernel(lecture_pool("alexnet", torch.float32, last)).startswith("general with 16-byte vectors: not whole")
 
 
 def check_adaptive(library: Library, pool: Pool, size: Pair, generator: torch.Generator) -> None:
