@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 
 import torch
+from emulator_library import Argument, Library
 from torch import Tensor
 
 GUARD_BYTES = 128
@@ -52,6 +53,13 @@ def same(actual: Tensor, expected: Tensor, what: object) -> None:
     assert not wrong.any(), (
         f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first at {wrong.nonzero()[0].tolist()}"
     )
+
+
+def explained(library: Library, op: str, *arguments: Argument, algo: str = "windows") -> str:
+    """What an explaining launcher says: the kernel and the reason."""
+    text = torch.zeros(200, dtype=torch.uint8)
+    library.call(op, algo, *arguments, text, text.numel())
+    return bytes(text.tolist()).split(b"\0")[0].decode()
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from cuda_memory import DTYPES, FORMATS, fresh, placed, whole_numbers
-from emulator_library import Library, PoolProblem, build
+from emulator_library import Library, PoolProblem, build, note_error
 from torch import Tensor
 
 SOURCES = [f"csrc/pool/cuda_{name}.cu" for name in ("max", "max_backward", "max_offsets", "average", "global")]
@@ -118,12 +118,15 @@ def lecture_pool(name: str, dtype: torch.dtype, memory_format: torch.memory_form
     )  # fmt: skip
 
 
-def assert_near(actual: Tensor, exact: Tensor, terms: int, what: object) -> None:
-    """Within what adding `terms` numbers in float32 and rounding to the type may lose, at the result's size."""
+def assert_near(actual: Tensor, exact: Tensor, terms: int, what: object, kernel: tuple[str, str]) -> None:
+    """Within what adding `terms` numbers in float32 and rounding to the type may lose, at the result's size.
+
+    Notes the error in units of the type's eps at that size.
+    """
     assert not actual.isnan().any(), what
-    scale = exact.abs() + exact.square().mean().sqrt()
-    allowed = (torch.finfo(torch.float32).eps * terms + 0.5 * torch.finfo(actual.dtype).eps) * scale
-    error = (actual.double() - exact).abs()
-    assert (error <= allowed + torch.finfo(actual.dtype).tiny).all(), (
-        f"{what}: off by {(error / scale).max():.3g} of {scale.max():.3g}"
-    )
+    eps = torch.finfo(actual.dtype)
+    scale = exact.abs() + exact.square().mean().sqrt() + eps.tiny / eps.eps
+    error = (actual.double() - exact).abs() / scale
+    note_error(*kernel, error.max().item() / eps.eps)
+    allowed = torch.finfo(torch.float32).eps * terms + 0.5 * eps.eps
+    assert (error <= allowed).all(), f"{what}: off by {error.max():.3g} of the result's size, allowed {allowed:.3g}"

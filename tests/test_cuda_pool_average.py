@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cuda_memory import DTYPES, FORMATS, check_guards, generators, same, whole_numbers
+from cuda_memory import DTYPES, FORMATS, check_guards, explained, generators, same, whole_numbers
 from cuda_pools import SOURCES, Pair, Pool, assert_near, checked_library, drawn, gradient_of, lecture_pool
-from emulator_library import Library, build
+from emulator_library import Library, build, note_error
 from torch.nn import functional as F
 
 from fastconv._library import ops as raw
@@ -45,11 +45,12 @@ def check_average(library: Library, pool: Pool, divisor: Divisor, generator: tor
     y = pool.fresh(tuple(expected.shape))
     library.call("avg_pool2d", "windows", problem, *numbers, x, y)
     same(y, expected, (pool, divisor))
+    note_error("avg_pool2d", "windows", 0)
     grad, grad_input = pool.placed(gradient_of(pool, generator)), pool.fresh(pool.shape)
     library.call("avg_pool2d_backward", "windows", problem, *numbers, grad, grad_input)
     theirs = raw.avg_pool2d_backward(grad, pool.shape[2:], *options)
     exact = raw.avg_pool2d_backward(grad.double(), pool.shape[2:], *options)
-    assert_near(grad_input, exact, 8, (pool, divisor))
+    assert_near(grad_input, exact, 8, (pool, divisor), ("avg_pool2d_backward", "windows"))
     if divisor.override == 8:  # shares are exact, too
         same(grad_input, theirs, (pool, divisor))
     check_guards(x, y, grad, grad_input)
@@ -70,20 +71,35 @@ def test_average_of_the_lectures_layers(library, name):
                 check_average(library, lecture_pool(name, dtype, memory_format), divisor, generator)
 
 
+def test_which_kernel_serves_and_why(library):
+    def kernel(pool: Pool, override: float = 0) -> str:
+        x, y = pool.fresh(pool.shape), pool.fresh((*pool.shape[:2], *pool.positions()))
+        return explained(library, "explain_avg_pool2d", pool.of(x), override, x, y)
+
+    last, first = torch.channels_last, torch.contiguous_format
+    assert kernel(lecture_pool("lenet", torch.float32, first)).startswith("square 2: NCHW")
+    assert kernel(lecture_pool("lenet-second", torch.float16, last)).startswith("square 2 with 16-byte vectors: NHWC")
+    assert kernel(lecture_pool("lenet-second", torch.float16, last, 1)).startswith(
+        "general: NHWC, channels or pointers"
+    )
+    assert kernel(lecture_pool("lenet", torch.float32, first), 3).startswith("general: not whole 2 x 2 windows")
+    assert kernel(lecture_pool("alexnet", torch.float32, last)).startswith("general with 16-byte vectors: not whole")
+
+
 def check_adaptive(library: Library, pool: Pool, size: Pair, generator: torch.Generator) -> None:
     x = pool.placed(torch.randn(pool.shape, generator=generator).to(pool.dtype))
     exact = x.double().requires_grad_()
     theirs = F.adaptive_avg_pool2d(exact, size)
     y = pool.fresh(tuple(theirs.shape))
     library.call("adaptive_avg_pool2d", "windows", pool.of(x), *size, x, y)
-    assert_near(y, theirs.detach(), 16, (pool, size))
+    assert_near(y, theirs.detach(), 16, (pool, size), ("adaptive_avg_pool2d", "windows"))
     grad, grad_input = (
         pool.placed(torch.randn(theirs.shape, generator=generator).to(pool.dtype)),
         pool.fresh(pool.shape),
     )
     (expected,) = torch.autograd.grad(theirs, exact, grad.double())
     library.call("adaptive_avg_pool2d_backward", "windows", pool.of(x), *size, grad, grad_input)
-    assert_near(grad_input, expected, 16, (pool, size))
+    assert_near(grad_input, expected, 16, (pool, size), ("adaptive_avg_pool2d_backward", "windows"))
     whole = pool.placed(whole_numbers(pool.shape, pool.dtype, generator, 9))
     library.call("adaptive_avg_pool2d", "windows", pool.of(x), *size, whole, y)
     if size != (1, 1):
@@ -114,13 +130,16 @@ def check_global(library: Library, pool: Pool, generator: torch.Generator) -> No
     mean = x.double().mean((2, 3), keepdim=True)
     size = x.double().square().mean((2, 3), keepdim=True).sqrt()
     allowed = 8 * torch.finfo(torch.float32).eps * size + 0.5 * torch.finfo(pool.dtype).eps * mean.abs()
-    assert ((y.double() - mean).abs() <= allowed + torch.finfo(pool.dtype).tiny).all(), what
+    error = (y.double() - mean).abs()
+    note_error("adaptive_avg_pool2d", "global", (error / (torch.finfo(pool.dtype).eps * size)).max().item())
+    assert (error <= allowed + torch.finfo(pool.dtype).tiny).all(), what
     whole = pool.placed(whole_numbers(pool.shape, pool.dtype, generator, 9))
     library.call("adaptive_avg_pool2d", "global", pool.of(x), whole, y)
     same(y, raw.adaptive_avg_pool2d(whole, (1, 1)), what)
     grad, grad_input = pool.placed(torch.randn(shape, generator=generator).to(pool.dtype)), pool.fresh(pool.shape)
     library.call("adaptive_avg_pool2d_backward", "global", pool.of(x), grad, grad_input)
     same(grad_input, (grad.float() / (pool.shape[2] * pool.shape[3])).to(pool.dtype).expand(pool.shape), what)
+    note_error("adaptive_avg_pool2d_backward", "global", 0)
     check_guards(x, y, whole, grad, grad_input)
 
 

@@ -13,4 +13,9 @@ void launch_local_response_norm_jvp(const NormProblem& p, const void* x, const v
 void launch_local_response_norm_backward(const NormProblem& p, const void* grad, const void* x, void* grad_input,
                                          cudaStream_t stream);
 
+/// Which kernel the op takes with these operands (null: there is none), and why: text of at most `bytes`, its closing
+/// zero included.
+void explain_local_response_norm(const NormProblem& p, const void* x, const void* other, const void* result, void* text,
+                                 int64_t bytes);
+
 }  // namespace fastconv::cuda

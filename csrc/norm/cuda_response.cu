@@ -1,4 +1,6 @@
 // Local response normalisation and its derivatives: pick the kernel.
+#include <cstdio>
+
 #include "cuda_support/launchers.h"
 #include "norm/cuda_any.cuh"
 #include "norm/cuda_channels.cuh"
@@ -10,7 +12,7 @@ namespace {
 
 /// How a problem is spread over threads. Lanes: elements that a thread loads as one.
 struct NormChoice {
-  enum class Path { channels, walk, any } path;
+  enum class Path : int { channels, walk, any } path;
   bool vectors;
   const char* reason;
 };
@@ -121,8 +123,17 @@ void launch_local_response_norm_backward(const NormProblem& p, const void* grad,
 
 #undef FASTCONV_RESPONSE_KERNELS
 
+void explain_local_response_norm(const NormProblem& p, const void* x, const void* other, const void* result, void* text,
+                                 int64_t bytes) {
+  const NormChoice choice = choose(p, {x, other, result});
+  const char* names[] = {"channels", "walk", "any"};
+  std::snprintf(static_cast<char*>(text), static_cast<size_t>(bytes), "%s%s: %s", names[static_cast<int>(choice.path)],
+                choice.vectors ? " with vectors" : "", choice.reason);
+}
+
 FASTCONV_LAUNCHER("local_response_norm", "channels", launch_local_response_norm);
 FASTCONV_LAUNCHER("local_response_norm_jvp", "channels", launch_local_response_norm_jvp);
 FASTCONV_LAUNCHER("local_response_norm_backward", "channels", launch_local_response_norm_backward);
+FASTCONV_LAUNCHER("explain_local_response_norm", "channels", explain_local_response_norm);
 
 }  // namespace fastconv::cuda

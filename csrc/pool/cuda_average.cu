@@ -1,5 +1,6 @@
 // Average and adaptive pooling and their gradients: pick the kernel.
 #include <cmath>
+#include <cstdio>
 
 #include "cuda_support/launchers.h"
 #include "pool/cuda_average.cuh"
@@ -64,26 +65,29 @@ void for_vectors(const char* op, const PoolProblem& p, bool vectors, const Body&
   });
 }
 
-void forward(const char* op, const PoolProblem& p, AverageGrid g, bool halving, const void* x, void* y,
+/// The unrolled kernels multiply.
+AverageGrid grid_for(const PoolChoice& choice, AverageGrid g) {
+  if (choice.path == PoolPath::square) g.divisor = g.divisor == 0 ? 0.25f : 1 / g.divisor;
+  return g;
+}
+
+void forward(const char* op, const PoolProblem& p, const AverageGrid& g, bool halving, const void* x, void* y,
              cudaStream_t stream) {
-  const bool vectors = channels_are_vectors(p, x, y, nullptr);
-  // The unrolled kernel of one lane is NCHW's.
-  const bool square = halving && (vectors || p.layout == Layout::nchw);
-  if (square) g.divisor = g.divisor == 0 ? 0.25f : 1 / g.divisor;
-  for_vectors(op, p, vectors, [&](auto element, auto lanes) {
+  const PoolChoice choice = choose_average(p, halving, x, y);
+  for_vectors(op, p, choice.vectors, [&](auto element, auto lanes) {
     using T = decltype(element);
-    average<lanes.value>(p, g, square, static_cast<const T*>(x), static_cast<T*>(y), stream);
+    average<lanes.value>(p, grid_for(choice, g), choice.path == PoolPath::square, static_cast<const T*>(x),
+                         static_cast<T*>(y), stream);
   });
 }
 
-void backward(const char* op, const PoolProblem& p, AverageGrid g, bool halving, const void* grad, void* grad_input,
-              cudaStream_t stream) {
-  const bool vectors = channels_are_vectors(p, grad_input, grad, nullptr);
-  const bool square = halving && (vectors || p.layout == Layout::nchw);
-  if (square) g.divisor = g.divisor == 0 ? 0.25f : 1 / g.divisor;
-  for_vectors(op, p, vectors, [&](auto element, auto lanes) {
+void backward(const char* op, const PoolProblem& p, const AverageGrid& g, bool halving, const void* grad,
+              void* grad_input, cudaStream_t stream) {
+  const PoolChoice choice = choose_average(p, halving, grad_input, grad);
+  for_vectors(op, p, choice.vectors, [&](auto element, auto lanes) {
     using T = decltype(element);
-    average_backward<lanes.value>(p, g, square, static_cast<const T*>(grad), static_cast<T*>(grad_input), stream);
+    average_backward<lanes.value>(p, grid_for(choice, g), choice.path == PoolPath::square, static_cast<const T*>(grad),
+                                  static_cast<T*>(grad_input), stream);
   });
 }
 
@@ -111,8 +115,15 @@ void launch_adaptive_avg_pool2d_backward(const PoolProblem& p, int64_t rows, int
   backward("adaptive_avg_pool2d_backward", p, adaptive_grid(p, rows, columns), false, grad, grad_input, stream);
 }
 
+void explain_avg_pool2d(const PoolProblem& p, double divisor_override, const void* wide, const void* narrow, void* text,
+                        int64_t bytes) {
+  const std::string reason = describe(choose_average(p, is_halving(p, divisor_override), wide, narrow));
+  std::snprintf(static_cast<char*>(text), static_cast<size_t>(bytes), "%s", reason.c_str());
+}
+
 FASTCONV_LAUNCHER("avg_pool2d", "windows", launch_avg_pool2d);
 FASTCONV_LAUNCHER("avg_pool2d_backward", "windows", launch_avg_pool2d_backward);
+FASTCONV_LAUNCHER("explain_avg_pool2d", "windows", explain_avg_pool2d);
 FASTCONV_LAUNCHER("adaptive_avg_pool2d", "windows", launch_adaptive_avg_pool2d);
 FASTCONV_LAUNCHER("adaptive_avg_pool2d_backward", "windows", launch_adaptive_avg_pool2d_backward);
 

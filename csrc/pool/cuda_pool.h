@@ -24,6 +24,10 @@ void launch_avg_pool2d(const PoolProblem& p, bool count_include_pad, double divi
 void launch_avg_pool2d_backward(const PoolProblem& p, bool count_include_pad, double divisor_override, const void* grad,
                                 void* grad_input, cudaStream_t stream);
 
+/// As explain_max_pool2d; `wide` is x or grad_input, `narrow` y or grad.
+void explain_avg_pool2d(const PoolProblem& p, double divisor_override, const void* wide, const void* narrow, void* text,
+                        int64_t bytes);
+
 /// Of the problem only n, c, h, w, layout and dtype count; the result has `rows` x `columns` outputs.
 void launch_adaptive_avg_pool2d(const PoolProblem& p, int64_t rows, int64_t columns, const void* x, void* y,
                                 cudaStream_t stream);

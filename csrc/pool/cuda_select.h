@@ -75,4 +75,16 @@ inline PoolChoice choose_max(const PoolProblem& p, const void* wide, const void*
   return {PoolPath::general, 0, false, "NHWC, channels or pointers not on 16 bytes: one channel a thread"};
 }
 
+/// For the mean (`wide` is x, `narrow` y) and its gradient. `halving`: whole 2 x 2 windows and a divisor that is a
+/// power of two.
+inline PoolChoice choose_average(const PoolProblem& p, bool halving, const void* wide, const void* narrow) {
+  const bool vectors = channels_are_vectors(p, wide, narrow, nullptr);
+  if (halving && vectors) return {PoolPath::square, 2, true, "NHWC, pixels of whole 16-byte vectors"};
+  if (halving && p.layout == Layout::nchw)
+    return {PoolPath::square, 2, false, "NCHW: neighbouring threads take neighbouring outputs"};
+  if (halving) return {PoolPath::general, 0, false, "NHWC, channels or pointers not on 16 bytes: one channel a thread"};
+  if (vectors) return {PoolPath::general, 0, true, "not whole 2 x 2 windows divided by a power of two"};
+  return {PoolPath::general, 0, false, "not whole 2 x 2 windows divided by a power of two, nor on 16 bytes"};
+}
+
 }  // namespace fastconv::cuda
