@@ -74,8 +74,7 @@ void check_launch(cudaError_t status, const char* kernel, const LaunchShape& sha
 template <class... Parameters, class... Arguments>
 void launch(NamedKernel<Parameters...> kernel, const LaunchShape& shape, cudaStream_t, Arguments... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel takes another number of arguments");
-  const emulator::Grid grid{kernel.name,   shape.grid,        shape.block, shape.shared_bytes,
-                            shape.cluster, shape.cooperative, {}};
+  const emulator::Grid grid{kernel.name, shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative};
   check_launch(emulator::check(grid), kernel.name, shape, arguments...);
   emulator::run(grid, [&] { kernel.function(static_cast<Parameters>(arguments)...); });
 }

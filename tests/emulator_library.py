@@ -1,0 +1,296 @@
+"""Builds libraries of emulated CUDA kernels and calls their launchers.
+
+A library is the emulator (``csrc/emulator``) with some ``.cu`` files, compiled by g++ as ordinary C++. No CUDA, no GPU
+and no torch are needed to build it, and fastconv itself does not need it.
+
+    library = build(["csrc/pool/cuda_max.cu"])
+    library.call("max_pool2d", "rows", PoolProblem.of(x, ...), x, y, None)
+
+Kinds of library:
+
+* ``plain``: optimised; for results.
+* ``checked``: every load and store of the kernels is seen by the race checks (``Options.check_races``).
+* ``address``: AddressSanitizer and UBSan; the process must have started with libasan preloaded.
+* ``ucontext``: plain, with the context switch of machines other than x86-64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "csrc" / "emulator"
+
+COMMON_FLAGS = [
+    "-std=c++20",
+    "-g",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-Wno-restrict",  # g++ 12 sees one in std::string's operator+ that is not there (PR 105651)
+    # Kernels read registers as other types, which nvcc allows and ISO C++ does not.
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    # The running thread's identity is read at every threadIdx; fibers stay on their OS thread.
+    "-ftls-model=initial-exec",
+    "-DFASTCONV_EMULATOR",
+    f"-I{EMULATOR / 'include'}",
+    f"-I{ROOT / 'csrc'}",
+]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    kernel_flags: tuple[str, ...]
+    emulator_flags: tuple[str, ...]
+    link_flags: tuple[str, ...] = ()
+
+
+KINDS = {
+    "plain": Kind(("-O2",), ("-O3",)),
+    # Compiled for ThreadSanitizer and not linked with it: plain_access.cpp answers the calls.
+    "checked": Kind(("-O1", "-fsanitize=thread", "-Wno-tsan"), ("-O3",)),
+    "address": Kind(("-O1", *SANITIZERS), ("-O1", *SANITIZERS), ("-fsanitize=address,undefined",)),
+    "ucontext": Kind(("-O2",), ("-O2", "-DFASTCONV_EMULATOR_UCONTEXT")),
+}
+
+
+# ---------------------------------------------------------------- building
+
+
+def _out_of_date(target: Path, dependency_file: Path) -> bool:
+    """As make would say, from the compiler's own list of headers."""
+    if not target.exists() or not dependency_file.exists():
+        return True
+    text = dependency_file.read_text().replace("\\\n", " ")
+    made = target.stat().st_mtime_ns
+    needed = text.split(":", 1)[1].split()
+    return any(not os.path.exists(name) or os.stat(name).st_mtime_ns > made for name in needed)
+
+
+def _compile(source: Path, folder: Path, flags: Sequence[str]) -> Path:
+    target = folder / (str(source.relative_to(ROOT)).replace("/", "-") + ".o")
+    dependencies = target.with_suffix(".d")
+    if _out_of_date(target, dependencies):
+        launcher = ["ccache"] if shutil.which("ccache") else []
+        command = [*launcher, os.environ.get("CXX", "g++"), "-x", "c++", *COMMON_FLAGS, *flags]
+        command += ["-MMD", "-MF", str(dependencies), "-c", str(source), "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{source.relative_to(ROOT)} does not compile for the emulator:\n{result.stderr}")
+        if result.stderr:
+            print(result.stderr)
+    return target
+
+
+def build(sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[str] = ()) -> Library:
+    """Compiles what is out of date and loads the library.
+
+    Args:
+        sources: files with kernels and launchers, relative to the repository's root.
+        kind: a key of ``KINDS``.
+        defines: preprocessor symbols for the kernels, for example ``["PLANTED_BUG=3"]``.
+    """
+    return Library(build_file(sources, kind, defines))
+
+
+def build_file(sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[str] = ()) -> Path:
+    """``build`` without loading: the library's path."""
+    chosen = KINDS[kind]
+    kernels = sorted((ROOT / source).resolve() for source in sources)
+    emulator = [path for path in sorted(EMULATOR.glob("*.cpp")) if kind == "checked" or path.stem != "plain_access"]
+    folder = ROOT / "build" / "emulator" / kind
+    variant = folder
+    if defines:
+        variant = folder / hashlib.sha256(" ".join(defines).encode()).hexdigest()[:8]
+    variant.mkdir(parents=True, exist_ok=True)
+    jobs = [(source, folder, chosen.emulator_flags) for source in emulator]
+    jobs += [(source, variant, (*chosen.kernel_flags, *(f"-D{symbol}" for symbol in defines))) for source in kernels]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        objects = list(pool.map(lambda job: _compile(*job), jobs))
+    name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:12]
+    library = variant / f"libfastconv_emulated_{name}.so"
+    if not library.exists() or any(path.stat().st_mtime_ns > library.stat().st_mtime_ns for path in objects):
+        fresh = library.with_suffix(f".{os.getpid()}")  # another process may have the old file loaded
+        command = [os.environ.get("CXX", "g++"), "-shared", *chosen.link_flags, *map(str, objects), "-o", str(fresh)]
+        subprocess.run([*command, "-pthread", "-ldl"], check=True)
+        fresh.replace(library)
+    return library
+
+
+# ---------------------------------------------------------------- problems (csrc/common/problem.h)
+
+
+class DType(enum.IntEnum):
+    float32, float64, float16, bfloat16 = range(4)
+
+
+class Layout(enum.IntEnum):
+    nchw, nhwc = range(2)
+
+
+def _dtype_and_layout(tensor: torch.Tensor) -> tuple[int, int]:
+    dtype = DType[str(tensor.dtype).removeprefix("torch.")]
+    contiguous = tensor.is_contiguous()
+    if not contiguous and not tensor.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"a tensor of strides {tensor.stride()}, expected a dense one; call .contiguous()")
+    return dtype, Layout.nchw if contiguous else Layout.nhwc
+
+
+class Size2(ctypes.Structure):
+    _fields_ = [("h", ctypes.c_int64), ("w", ctypes.c_int64)]
+
+
+class Pad4(ctypes.Structure):
+    _fields_ = [(side, ctypes.c_int64) for side in ("top", "left", "bottom", "right")]
+
+
+class ConvProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "nchwkrs"),
+        ("stride", Size2),
+        ("dilation", Size2),
+        ("padding", Pad4),
+        ("groups", ctypes.c_int64),
+        ("layout", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    ]
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> ConvProblem:
+        """Of an input (N, C, H, W), a weight (K, C / groups, R, S) and padding (top, left, bottom, right)."""
+        dtype, layout = _dtype_and_layout(x)
+        k, _, r, s = weight.shape
+        return cls(*x.shape, k, r, s, Size2(*stride), Size2(*dilation), Pad4(*padding), groups, layout, dtype)
+
+
+class PoolProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "nchwrs"),
+        ("stride", Size2),
+        ("dilation", Size2),
+        ("padding", Size2),
+        ("ceil_mode", ctypes.c_bool),
+        ("layout", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    ]
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        ceil_mode: bool = False,
+    ) -> PoolProblem:
+        dtype, layout = _dtype_and_layout(x)
+        return cls(*x.shape, *kernel, Size2(*stride), Size2(*dilation), Size2(*padding), ceil_mode, layout, dtype)
+
+
+# ---------------------------------------------------------------- calling
+
+
+class Timing(enum.IntEnum):
+    """When asynchronous work happens; csrc/emulator/run.h."""
+
+    lazy, eager, random = range(3)
+
+
+Argument = torch.Tensor | ctypes.Structure | int | float | None
+
+
+class Library:
+    """A loaded library. Errors of the emulator are RuntimeErrors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._c = ctypes.CDLL(str(path))
+        for question in ("op", "algo", "signature"):
+            getattr(self._c, f"fastconv_emulator_launcher_{question}").restype = ctypes.c_char_p
+        self._numbers: dict[tuple[str, str], int] = {}
+        self.signatures: dict[tuple[str, str], list[str]] = {}
+        for number in range(self._c.fastconv_emulator_launcher_count()):
+            op, algo, signature = (
+                getattr(self._c, f"fastconv_emulator_launcher_{question}")(number).decode()
+                for question in ("op", "algo", "signature")
+            )
+            if (op, algo) in self._numbers:
+                raise RuntimeError(f"two launchers are called ({op}, {algo}); every pair must be unique")
+            self._numbers[op, algo] = number
+            self.signatures[op, algo] = signature.split()
+
+    def configure(
+        self,
+        timing: Timing = Timing.lazy,
+        seed: int = 1,
+        check_races: bool = False,
+        os_threads: int = 0,
+        sm_count: int = 2,
+        capability: int = 90,
+    ) -> None:
+        """Sets all options; those that are not named go back to their defaults."""
+        self._c.fastconv_emulator_configure(timing, seed, check_races, os_threads, sm_count, capability)
+
+    def statistics(self) -> dict[str, int]:
+        counts = (ctypes.c_uint64 * 4)()
+        self._c.fastconv_emulator_statistics(counts)
+        return dict(zip(("launches", "switches", "tma_operations", "wgmma_warps"), counts, strict=True))
+
+    def call(self, op: str, algo: str, *arguments: Argument) -> None:
+        """Runs the launcher: problems as structures, tensors for pointers (None for null), numbers; no stream."""
+        words = self.signatures.get((op, algo))
+        if words is None:
+            known = ", ".join(map(str, sorted(self.signatures)))
+            raise KeyError(f"no launcher is called ({op}, {algo}); there are {known}")
+        if len(words) != len(arguments):
+            raise TypeError(f"({op}, {algo}) takes {len(words)} arguments, {' '.join(words)}; got {len(arguments)}")
+        values = [_as_c(word, argument) for word, argument in zip(words, arguments, strict=True)]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        error = ctypes.create_string_buffer(8192)
+        if self._c.fastconv_emulator_call(self._numbers[op, algo], pointers, error, ctypes.sizeof(error)):
+            raise RuntimeError(error.value.decode(errors="replace"))
+
+
+def _as_c(word: str, argument: Argument) -> ctypes.Structure | ctypes._SimpleCData:  # type: ignore[type-arg]
+    kind, size = word[0], int(word[1:] or 0)
+    if kind == "r":
+        if not isinstance(argument, ctypes.Structure) or ctypes.sizeof(argument) != size:
+            raise TypeError(f"got {argument!r}, expected a structure of {size} bytes, such as ConvProblem")
+        return argument
+    if kind == "p":
+        if argument is None:
+            return ctypes.c_void_p(None)
+        if not isinstance(argument, torch.Tensor):
+            raise TypeError(f"got {argument!r}, expected a tensor or None")
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, (torch.Tensor, ctypes.Structure)) or argument is None:
+        raise TypeError(f"got {argument!r}, expected a number")
+    if kind == "f":
+        return (ctypes.c_float if size == 4 else ctypes.c_double)(argument)
+    sizes = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
+    return sizes[size](int(argument))
