@@ -151,7 +151,7 @@ static void require_nothing_in_flight(Thread& thread) {
   for (const WgmmaOperation& operation : queue.operations)
     if (!operation.commit) fail(operation.at, "a warp exits with wgmma in flight; end with wgmma_wait_group<0>()");
   for (const TmaOperation& operation : worker->batch.pending) {
-    if (operation.store && operation.issuer == &thread)
+    if (operation.store && operation.issuer == &thread && operation.staged.empty())
       fail(operation.at, "a thread exits before its bulk store was read; end with cp_async_bulk_wait_group_read<0>()");
     if (operation.store || thread.home->alive > 1) continue;
     for (const Block* destination : operation.destinations)

@@ -47,7 +47,8 @@ void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, un
               TmaCoordinates coordinates, Location at);
 void tma_store(const CUtensorMap* map, uint32_t source, int rank, TmaCoordinates coordinates, Location at);
 void bulk_commit_group();
-void bulk_wait_group(unsigned pending);
+/// `read_only`: the sources have been read; else the tensor has been written too.
+void bulk_wait_group(unsigned pending, bool read_only);
 void fence_proxy_async();
 
 // warp_matrix.cpp
@@ -192,11 +193,11 @@ inline void cp_async_bulk_tensor_3d_store(const CUtensorMap* map, uint32_t sourc
 inline void cp_async_bulk_commit_group() { emulator::bulk_commit_group(); }
 template <int kPending>
 void cp_async_bulk_wait_group_read() {
-  emulator::bulk_wait_group(kPending);
+  emulator::bulk_wait_group(kPending, true);
 }
 template <int kPending>
 void cp_async_bulk_wait_group() {
-  emulator::bulk_wait_group(kPending);
+  emulator::bulk_wait_group(kPending, false);
 }
 
 // ---------------------------------------------------------------- ptx_mma.cuh

@@ -105,6 +105,7 @@ void require_aligned(uint32_t address, uint32_t bytes, const char* what, Locatio
 void store_shared(uint32_t address, const void* value, uint32_t bytes, Location at) {
   require_aligned(address, bytes, "st.shared", at);
   std::memcpy(resolve(address, bytes, "st.shared", at), value, bytes);
+  ++self().home->shared_version;
   check_shared(address, bytes, Access::write, "st.shared", at);
 }
 

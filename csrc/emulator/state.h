@@ -136,6 +136,7 @@ struct Block {
   unsigned char* shared = nullptr;  // at address kSharedWindow
   uint32_t dynamic_begin = 0, shared_end = 0;
   std::vector<StaticArray> statics;
+  uint64_t shared_version = 0;  // grows when something other than a plain store writes shared memory
   uint32_t registers_free = 0;
   uint32_t register_changes = 0;
   Barrier barriers[16];

@@ -17,15 +17,16 @@ struct TmaCoordinates {
 };
 
 struct TmaOperation {
-  TensorMap map;
-  bool store;
+  TensorMap map = {};
+  bool store = false;
   TmaCoordinates coordinates;
-  uint32_t shared;                   // without a rank
-  Block* source;                     // stores: whose shared memory
-  std::vector<Block*> destinations;  // loads
-  uint32_t barrier;
-  Thread* issuer;
-  unsigned group;
+  uint32_t shared = 0;                // without a rank
+  Block* source = nullptr;            // stores: whose shared memory
+  std::vector<unsigned char> staged;  // stores: the source, once it has been read
+  std::vector<Block*> destinations;   // loads
+  uint32_t barrier = 0;
+  Thread* issuer = nullptr;
+  unsigned group = 0;
   Location at;
 };
 
