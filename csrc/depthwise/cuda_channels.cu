@@ -1,0 +1,167 @@
+// Depthwise convolution in NHWC: forward with its epilogue, and the input gradient.
+//
+// A program (256 threads) has up to 64 vectors of channels and some items; a thread slides down a chunk of rows in two
+// columns (cuda_slide.cuh), straight from global memory. A block turns the weights of its channels from [channel][tap]
+// into rows of taps in shared memory once, from where each thread takes them into registers.
+#include "cuda_support/launch.h"
+#include "depthwise/cuda_channels.cuh"
+#include "depthwise/cuda_launch.h"
+
+namespace fastconv::cuda {
+namespace {
+
+/// The table in shared memory: a row of `width` channels for each tap, then one of scales and one of shifts.
+template <class Shape, class T>
+__device__ __forceinline__ void fill_table(float* table, int width, const T* weight, int first, int channels, bool flip,
+                                           const CudaEpilogue& epilogue) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  for (int i = thread; i < min(width, channels - first) * Shape::kTaps; i += threads) {
+    const int channel = i / Shape::kTaps, tap = i % Shape::kTaps;
+    table[(flip ? Shape::kTaps - 1 - tap : tap) * width + channel] =
+        to_float(weight[int64_t{first} * Shape::kTaps + i]);
+  }
+  for (int i = thread; i < min(width, channels - first); i += threads) {
+    table[Shape::kTaps * width + i] = epilogue.scale.data != nullptr ? epilogue.scale.at(first + i) : 1.0f;
+    table[(Shape::kTaps + 1) * width + i] = epilogue.shift.data != nullptr ? epilogue.shift.at(first + i) : 0.0f;
+  }
+  __syncthreads();
+}
+
+template <class Shape>
+__device__ __forceinline__ void load_weights(TapRegisters<Shape>& to, const float* table, int width) {
+#pragma unroll
+  for (int tap = 0; tap < Shape::kTaps; ++tap) {
+    const Vector<float, Shape::kVector> row = load_vector<Shape::kVector>(table + tap * width);
+#pragma unroll
+    for (int v = 0; v < Shape::kVector; ++v) to[tap][v] = row[v];
+  }
+}
+
+/// scale * sum + shift + residual, activated, for the vector at `index` of the output; what finish() of
+/// conv2d/cuda_epilogue.cuh does. `table` points at the thread's scales; its shifts are `width` further.
+template <class T, int kV>
+__device__ __forceinline__ Vector<T, kV> finish_vector(const CudaEpilogue& epilogue, const float* table, int width,
+                                                       const float (&sum)[kV], int64_t index) {
+  const Vector<float, kV> scale = load_vector<kV>(table), shift = load_vector<kV>(table + width);
+  float result[kV];
+#pragma unroll
+  for (int v = 0; v < kV; ++v) result[v] = sum[v] * scale[v] + shift[v];
+  if (epilogue.residual != nullptr) {
+    const Vector<T, kV> residual = load_vector<kV>(static_cast<const T*>(epilogue.residual) + index);
+#pragma unroll
+    for (int v = 0; v < kV; ++v) result[v] += to_float(residual[v]);
+  }
+#pragma unroll
+  for (int v = 0; v < kV; ++v) result[v] = activate(result[v], epilogue.activation);
+  return from_float<T>(result);
+}
+
+template <class T, int kWindow, int kStride, int kV>
+__global__ void __launch_bounds__(kChannelThreads, 2)
+    channels_forward(DepthwisePass pass, ChannelBlocks blocks, const T* x, const T* weight, T* y,
+                     CudaEpilogue epilogue) {
+  using Shape = SlideShape<kWindow, kStride, kV>;
+  FASTCONV_DYNAMIC_SHARED(shared);
+  float* table = reinterpret_cast<float*>(shared);
+  const int width = blocks.tile * kV, channels = static_cast<int>(pass.channels);
+  fill_table<Shape>(table, width, weight, static_cast<int>(blockIdx.y) * width, channels, pass.flip, epilogue);
+  const int vector = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x), channel = vector * kV;
+  if (vector >= blocks.vectors) return;
+  table += threadIdx.x * kV;
+  TapRegisters<Shape> taps;
+  load_weights<Shape>(taps, table, width);
+  const int64_t in_image = int64_t{pass.h.in} * pass.w.in * channels;
+  const int64_t out_image = int64_t{pass.h.out} * pass.w.out * channels;
+  const int64_t first = int64_t{blockIdx.x} * blockDim.y * blocks.per_thread + threadIdx.y;
+  for (int i = 0; i < blocks.per_thread; ++i) {
+    const int64_t index = first + int64_t{i} * blockDim.y;
+    if (index >= blocks.items) return;
+    const ChannelItem item(static_cast<uint32_t>(index), blocks, pass.h.positions);
+    const int column = item.column * Shape::kColumns;
+    const ChannelReader<T, kV, Shape::kReads> read(x + item.image * in_image + channel, channels, pass.w.in, pass.h.in,
+                                                   column * kStride - pass.w.pad);
+    const int64_t image_at = item.image * out_image + channel;
+    slide_forward<T, Shape>(taps, item.first, item.last, pass.h.pad, read, [&](int p, const auto& sum) {
+#pragma unroll
+      for (int q = 0; q < Shape::kColumns; ++q) {
+        if (column + q >= pass.w.out) continue;
+        const int64_t at = image_at + (p * pass.w.out + column + q) * channels;
+        store_vector(y + at, finish_vector<T, kV>(epilogue, table + Shape::kTaps * width, width, sum[q], at));
+      }
+    });
+  }
+}
+
+template <class T, int kWindow, int kV>
+__global__ void __launch_bounds__(kChannelThreads, 2)
+    channels_input_grad(DepthwisePass pass, ChannelBlocks blocks, const T* grad_y, const T* weight, T* grad_x) {
+  using Shape = SlideShape<kWindow, 2, kV>;
+  FASTCONV_DYNAMIC_SHARED(shared);
+  float* table = reinterpret_cast<float*>(shared);
+  const int width = blocks.tile * kV, channels = static_cast<int>(pass.channels);
+  fill_table<Shape>(table, width, weight, static_cast<int>(blockIdx.y) * width, channels, false, CudaEpilogue{});
+  const int vector = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x), channel = vector * kV;
+  if (vector >= blocks.vectors) return;
+  TapRegisters<Shape> taps;
+  load_weights<Shape>(taps, table + threadIdx.x * kV, width);
+  const int64_t in_image = int64_t{pass.h.in} * pass.w.in * channels;
+  const int64_t out_image = int64_t{pass.h.out} * pass.w.out * channels;
+  const int64_t first = int64_t{blockIdx.x} * blockDim.y * blocks.per_thread + threadIdx.y;
+  for (int i = 0; i < blocks.per_thread; ++i) {
+    const int64_t index = first + int64_t{i} * blockDim.y;
+    if (index >= blocks.items) return;
+    const ChannelItem item(static_cast<uint32_t>(index), blocks, pass.h.positions);
+    const ChannelReader<T, kV, Shape::kLive> read(grad_y + item.image * in_image + channel, channels, pass.w.in,
+                                                  pass.h.in, item.column - pass.w.pad);
+    T* image = grad_x + item.image * out_image + channel;
+    const int column = pass.w.origin + 2 * item.column;
+    slide_input_grad<T, Shape>(taps, item.first, item.last, pass.h.pad, read, [&](int cell, const auto& sum) {
+#pragma unroll
+      for (int a = 0; a < 2; ++a) {
+        const int h = pass.h.origin + 2 * cell + a;
+        if (static_cast<unsigned>(h) >= static_cast<unsigned>(pass.h.out)) continue;
+#pragma unroll
+        for (int b = 0; b < 2; ++b)
+          if (static_cast<unsigned>(column + b) < static_cast<unsigned>(pass.w.out))
+            store_vector(image + (h * pass.w.out + column + b) * channels, from_float<T>(sum[a][b]));
+      }
+    });
+  }
+}
+
+template <class T, int kWindow, int kV>
+void run_vectors(const DepthwisePass& pass, const T* x, const T* weight, T* y, const CudaEpilogue& epilogue,
+                 cudaStream_t stream) {
+  const int64_t columns = pass.cells ? pass.w.positions : ceil_div(pass.w.positions, 2);
+  const ChannelBlocks blocks = divide_channels(pass.images, pass.channels, pass.h.positions, columns, kV);
+  const size_t shared = size_t{kWindow * kWindow + 2} * blocks.tile * kV * sizeof(float);
+  if (pass.cells)
+    launch(FASTCONV_KERNEL(channels_input_grad<T, kWindow, kV>), blocks.grid(), blocks.block(), shared, stream, pass,
+           blocks, x, weight, y);
+  else if (pass.step == 1)
+    launch(FASTCONV_KERNEL(channels_forward<T, kWindow, 1, kV>), blocks.grid(), blocks.block(), shared, stream, pass,
+           blocks, x, weight, y, epilogue);
+  else
+    launch(FASTCONV_KERNEL(channels_forward<T, kWindow, 2, kV>), blocks.grid(), blocks.block(), shared, stream, pass,
+           blocks, x, weight, y, epilogue);
+}
+
+}  // namespace
+
+void run_channels(const DepthwisePass& pass, const void* x, const void* weight, void* y, const CudaEpilogue& epilogue,
+                  cudaStream_t stream) {
+  dispatch_element("depthwise convolution", pass.dtype, [&](auto element) {
+    using T = decltype(element);
+    dispatch_window(pass.window, [&](auto window) {
+      constexpr int kWindow = decltype(window)::value, kV = kChannelVector<kWindow>, kSize = sizeof(T);
+      const T *from = static_cast<const T*>(x), *filters = static_cast<const T*>(weight);
+      const bool vectors = is_aligned(x, pass.channels, kSize, kV * kSize) &&
+                           is_aligned(y, pass.channels, kSize, kV * kSize) &&
+                           is_aligned(epilogue.residual, pass.channels, kSize, kV * kSize);
+      if (vectors) run_vectors<T, kWindow, kV>(pass, from, filters, static_cast<T*>(y), epilogue, stream);
+      else run_vectors<T, kWindow, 1>(pass, from, filters, static_cast<T*>(y), epilogue, stream);
+    });
+  });
+}
+
+}  // namespace fastconv::cuda

@@ -1,0 +1,108 @@
+// NHWC: how channels and positions are divided among threads, and how a thread reaches them.
+//
+// Neighbouring threads own neighbouring vectors of channels, so every load and store of a warp is contiguous, and no
+// shared memory is needed for maps: the column that two threads of a block both read comes from L1. A vector is as long
+// as the registers allow beside the weights (kChannelVector): 4 channels of a 3x3 window, 2 of 5x5, 1 of 7x7. Longer
+// vectors would have to fetch weights from shared memory at every step, 25 16-byte loads for the 200 multiply-adds of
+// a 5x5 row, which is slower than the maps arrive from memory.
+#pragma once
+
+#include <algorithm>
+
+#include "conv2d/cuda_epilogue.cuh"
+#include "cuda_support/device.h"
+#include "depthwise/cuda_pass.h"
+
+namespace fastconv::cuda {
+
+inline constexpr int kChannelThreads = 256;
+inline constexpr int kChannelTile = 64;  // vectors of a block, at most: 512 bytes of fp16 in 3x3
+
+template <int kWindow>
+inline constexpr int kChannelVector = kWindow == 3   ? 4
+                                      : kWindow == 5 ? 2
+                                                     : 1;
+
+/// A block is (tile vectors of channels, items): threadIdx.x is the vector, threadIdx.y the item, which is a chunk of
+/// rows in two columns (or one column of cells) of one image. Columns are fastest.
+struct ChannelBlocks {
+  int64_t items = 0;
+  int vectors = 0, tile = 0;           // of the tensor; of a block
+  int chunk_rows = 0, per_thread = 1;  // items of a thread, blockDim.y apart
+  FastDivide chunks, columns;
+  unsigned item_blocks = 1, tiles = 1;
+
+  dim3 grid() const { return dim3(item_blocks, tiles); }
+  dim3 block() const { return dim3(static_cast<unsigned>(tile), static_cast<unsigned>(kChannelThreads / tile)); }
+};
+
+/// `columns`: items in a row of an image. `most`: the most blocks wanted, 0 for no limit.
+inline ChannelBlocks divide_channels(int64_t images, int64_t channels, int64_t rows, int64_t columns, int vector) {
+  ChannelBlocks blocks;
+  blocks.vectors = static_cast<int>(channels / vector);
+  blocks.tiles = static_cast<unsigned>(ceil_div(blocks.vectors, kChannelTile));
+  blocks.tile = static_cast<int>(ceil_div(blocks.vectors, blocks.tiles));
+  // Long chunks read few rows twice; but 1024 threads per multiprocessor, four times over, even out the last wave.
+  const int64_t wanted = int64_t{device_properties().sm_count} * 4096;
+  int64_t chunk = std::min<int64_t>(rows, 32);
+  while (chunk > 4 && images * ceil_div(rows, chunk) * columns * blocks.vectors < wanted) chunk = ceil_div(chunk, 2);
+  chunk = ceil_div(rows, ceil_div(rows, chunk));  // chunks of equal length
+  blocks.chunk_rows = static_cast<int>(chunk);
+  blocks.chunks = FastDivide(ceil_div(rows, chunk));
+  blocks.columns = FastDivide(columns);
+  blocks.items = images * blocks.chunks.divisor * columns;
+  // Several items per thread share the weights that a block fetches.
+  blocks.per_thread = static_cast<int>(std::clamp<int64_t>(blocks.items * blocks.vectors / wanted, 1, 8));
+  const int64_t per_block = int64_t{kChannelThreads / blocks.tile} * blocks.per_thread;
+  if (blocks.items > 0x7fffffff)
+    throw std::runtime_error("a depthwise pass of " + std::to_string(blocks.items) +
+                             " items, expected fewer than 2^31; split the batch");
+  blocks.item_blocks = static_cast<unsigned>(ceil_div(blocks.items, per_block));
+  return blocks;
+}
+
+/// Item `index`: its image, column of items, and rows of positions.
+struct ChannelItem {
+  int64_t image;
+  int column, first, last;
+
+  __device__ __forceinline__ ChannelItem(uint32_t index, const ChannelBlocks& blocks, int rows) {
+    uint32_t chunk = blocks.columns.divide_keep_rest(index);
+    column = static_cast<int>(index);
+    image = blocks.chunks.divide_keep_rest(chunk);
+    first = static_cast<int>(chunk) * blocks.chunk_rows;
+    last = min(first + blocks.chunk_rows, rows);
+  }
+};
+
+/// Loads kCount vectors of a row of an image, zeros where the image has none.
+template <class T, int kV, int kCount>
+struct ChannelReader {
+  const T* image;   // at the thread's channels
+  int first, step;  // offset of the first column in row 0; from column to column: all channels
+  int row_elems, row_end;
+  unsigned inside = 0;  // bit i: column i exists
+
+  __device__ __forceinline__ ChannelReader(const T* from, int channels, int width, int rows, int first_column)
+      : image(from), first(first_column * channels), step(channels), row_elems(width * channels), row_end(rows) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      inside |= (static_cast<unsigned>(first_column + i) < static_cast<unsigned>(width) ? 1u : 0u) << i;
+  }
+
+  __device__ __forceinline__ void operator()(int row, Vector<T, kV> (&to)[kCount]) const {
+    const unsigned exists = static_cast<unsigned>(row) < static_cast<unsigned>(row_end) ? inside : 0u;
+    const int from = first + row * row_elems;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (exists >> i & 1) {
+        to[i] = load_vector<kV>(image + from + i * step);
+      } else {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) to[i][v] = from_float<T>(0.0f);
+      }
+    }
+  }
+};
+
+}  // namespace fastconv::cuda
