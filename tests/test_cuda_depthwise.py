@@ -9,7 +9,7 @@ from cuda_convolutions import CudaRun, assert_matches, configured
 from emulator_library import Library, Timing, build
 from reference import Conv
 
-SOURCES = [f"csrc/depthwise/cuda_{name}.cu" for name in ("launch", "planes", "channels")]
+SOURCES = [f"csrc/depthwise/cuda_{name}.cu" for name in ("launch", "planes", "channels", "weight_grad_planes", "weight_grad_channels")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 
@@ -40,8 +40,7 @@ def depthwise(channels: int, size: tuple[int, int], window: int = 3, stride: int
 
 def check(library: Library, problem: Conv, channels_last: bool, offset: int = 0) -> None:
     run = CudaRun(problem, channels_last, offset)
-    results = {"output": run.forward(library, "depthwise"), "input": run.input_grad(library, "depthwise")}
-    assert_matches(run, results)
+    assert_matches(run, run.results(library, "depthwise"))
 
 
 # MobileNet-v2's maps, with fewer channels: (channels, size, stride).

@@ -10,20 +10,19 @@
 namespace fastconv::cuda {
 namespace {
 
-/// The table in shared memory: a row of `width` channels for each tap, then one of scales and one of shifts.
+/// The table in shared memory: a row of `width` channels for each tap, and one of shifts. The epilogue's scale goes
+/// into the weights: one multiplication fewer per output, and one vector fewer in registers.
 template <class Shape, class T>
 __device__ __forceinline__ void fill_table(float* table, int width, const T* weight, int first, int channels, bool flip,
                                            const CudaEpilogue& epilogue) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
   for (int i = thread; i < min(width, channels - first) * Shape::kTaps; i += threads) {
     const int channel = i / Shape::kTaps, tap = i % Shape::kTaps;
-    table[(flip ? Shape::kTaps - 1 - tap : tap) * width + channel] =
-        to_float(weight[int64_t{first} * Shape::kTaps + i]);
+    const float value = to_float(weight[int64_t{first} * Shape::kTaps + i]);
+    table[(flip ? Shape::kTaps - 1 - tap : tap) * width + channel] = value * scale_of(epilogue, first + channel);
   }
-  for (int i = thread; i < min(width, channels - first); i += threads) {
-    table[Shape::kTaps * width + i] = epilogue.scale.data != nullptr ? epilogue.scale.at(first + i) : 1.0f;
-    table[(Shape::kTaps + 1) * width + i] = epilogue.shift.data != nullptr ? epilogue.shift.at(first + i) : 0.0f;
-  }
+  for (int i = thread; i < min(width, channels - first); i += threads)
+    table[Shape::kTaps * width + i] = shift_of(epilogue, first + i);
   __syncthreads();
 }
 
@@ -37,15 +36,14 @@ __device__ __forceinline__ void load_weights(TapRegisters<Shape>& to, const floa
   }
 }
 
-/// scale * sum + shift + residual, activated, for the vector at `index` of the output; what finish() of
-/// conv2d/cuda_epilogue.cuh does. `table` points at the thread's scales; its shifts are `width` further.
+/// sum + shift + residual, activated, for the vector at `index` of the output; the scale is in the weights.
 template <class T, int kV>
-__device__ __forceinline__ Vector<T, kV> finish_vector(const CudaEpilogue& epilogue, const float* table, int width,
+__device__ __forceinline__ Vector<T, kV> finish_vector(const CudaEpilogue& epilogue, const float* shifts,
                                                        const float (&sum)[kV], int64_t index) {
-  const Vector<float, kV> scale = load_vector<kV>(table), shift = load_vector<kV>(table + width);
+  const Vector<float, kV> shift = load_vector<kV>(shifts);
   float result[kV];
 #pragma unroll
-  for (int v = 0; v < kV; ++v) result[v] = sum[v] * scale[v] + shift[v];
+  for (int v = 0; v < kV; ++v) result[v] = sum[v] + shift[v];
   if (epilogue.residual != nullptr) {
     const Vector<T, kV> residual = load_vector<kV>(static_cast<const T*>(epilogue.residual) + index);
 #pragma unroll
@@ -60,7 +58,7 @@ template <class T, int kWindow, int kStride, int kV>
 __global__ void __launch_bounds__(kChannelThreads, 2)
     channels_forward(DepthwisePass pass, ChannelBlocks blocks, const T* x, const T* weight, T* y,
                      CudaEpilogue epilogue) {
-  using Shape = SlideShape<kWindow, kStride, kV>;
+  using Shape = SlideShape<kWindow, kStride, kV, channel_columns(kWindow, kStride)>;
   FASTCONV_DYNAMIC_SHARED(shared);
   float* table = reinterpret_cast<float*>(shared);
   const int width = blocks.tile * kV, channels = static_cast<int>(pass.channels);
@@ -86,7 +84,7 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
       for (int q = 0; q < Shape::kColumns; ++q) {
         if (column + q >= pass.w.out) continue;
         const int64_t at = image_at + (p * pass.w.out + column + q) * channels;
-        store_vector(y + at, finish_vector<T, kV>(epilogue, table + Shape::kTaps * width, width, sum[q], at));
+        store_vector(y + at, finish_vector<T, kV>(epilogue, table + Shape::kTaps * width, sum[q], at));
       }
     });
   }
@@ -132,9 +130,9 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
 template <class T, int kWindow, int kV>
 void run_vectors(const DepthwisePass& pass, const T* x, const T* weight, T* y, const CudaEpilogue& epilogue,
                  cudaStream_t stream) {
-  const int64_t columns = pass.cells ? pass.w.positions : ceil_div(pass.w.positions, 2);
+  const int64_t columns = ceil_div(pass.w.positions, pass.cells ? 1 : channel_columns(kWindow, pass.step));
   const ChannelBlocks blocks = divide_channels(pass.images, pass.channels, pass.h.positions, columns, kV);
-  const size_t shared = size_t{kWindow * kWindow + 2} * blocks.tile * kV * sizeof(float);
+  const size_t shared = size_t{kWindow * kWindow + 1} * blocks.tile * kV * sizeof(float);
   if (pass.cells)
     launch(FASTCONV_KERNEL(channels_input_grad<T, kWindow, kV>), blocks.grid(), blocks.block(), shared, stream, pass,
            blocks, x, weight, y);
@@ -153,7 +151,7 @@ void run_channels(const DepthwisePass& pass, const void* x, const void* weight, 
   dispatch_element("depthwise convolution", pass.dtype, [&](auto element) {
     using T = decltype(element);
     dispatch_window(pass.window, [&](auto window) {
-      constexpr int kWindow = decltype(window)::value, kV = kChannelVector<kWindow>, kSize = sizeof(T);
+      constexpr int kWindow = decltype(window)::value, kV = kChannelVector<T, kWindow>, kSize = sizeof(T);
       const T *from = static_cast<const T*>(x), *filters = static_cast<const T*>(weight);
       const bool vectors = is_aligned(x, pass.channels, kSize, kV * kSize) &&
                            is_aligned(y, pass.channels, kSize, kV * kSize) &&

@@ -2,9 +2,10 @@
 //
 // Neighbouring threads own neighbouring vectors of channels, so every load and store of a warp is contiguous, and no
 // shared memory is needed for maps: the column that two threads of a block both read comes from L1. A vector is as long
-// as the registers allow beside the weights (kChannelVector): 4 channels of a 3x3 window, 2 of 5x5, 1 of 7x7. Longer
-// vectors would have to fetch weights from shared memory at every step, 25 16-byte loads for the 200 multiply-adds of
-// a 5x5 row, which is slower than the maps arrive from memory.
+// as the registers allow beside the weights (kChannelVector): 8 bytes of a 3x3 window's channels, 4 of 5x5's, one
+// channel of 7x7. Longer vectors would move the same sectors with fewer warps to hide the latency, or would have to
+// fetch weights from shared memory at every step: 25 16-byte loads for the 200 multiply-adds of a 5x5 row, which is
+// slower than the maps arrive from memory.
 #pragma once
 
 #include <algorithm>
@@ -16,15 +17,16 @@
 namespace fastconv::cuda {
 
 inline constexpr int kChannelThreads = 256;
-inline constexpr int kChannelTile = 64;  // vectors of a block, at most: 512 bytes of fp16 in 3x3
+inline constexpr int kChannelTile = 64;  // vectors of a block, at most: 512 bytes in 3x3
 
-template <int kWindow>
-inline constexpr int kChannelVector = kWindow == 3   ? 4
-                                      : kWindow == 5 ? 2
-                                                     : 1;
+template <class T, int kWindow>
+inline constexpr int kChannelVector = kWindow == 7 ? 1 : (kWindow == 3 ? 8 : 4) / static_cast<int>(sizeof(T));
+
+/// Columns of a thread. With stride 2 two windows share little, and two would not fit the registers beside 25 weights.
+constexpr int channel_columns(int window, int stride) { return stride == 2 && window > 3 ? 1 : 2; }
 
 /// A block is (tile vectors of channels, items): threadIdx.x is the vector, threadIdx.y the item, which is a chunk of
-/// rows in two columns (or one column of cells) of one image. Columns are fastest.
+/// rows in one or two columns (or one column of cells) of one image. Columns are fastest.
 struct ChannelBlocks {
   int64_t items = 0;
   int vectors = 0, tile = 0;           // of the tensor; of a block
@@ -36,7 +38,7 @@ struct ChannelBlocks {
   dim3 block() const { return dim3(static_cast<unsigned>(tile), static_cast<unsigned>(kChannelThreads / tile)); }
 };
 
-/// `columns`: items in a row of an image. `most`: the most blocks wanted, 0 for no limit.
+/// `columns`: items in a row of an image.
 inline ChannelBlocks divide_channels(int64_t images, int64_t channels, int64_t rows, int64_t columns, int vector) {
   ChannelBlocks blocks;
   blocks.vectors = static_cast<int>(channels / vector);
@@ -92,11 +94,11 @@ struct ChannelReader {
 
   __device__ __forceinline__ void operator()(int row, Vector<T, kV> (&to)[kCount]) const {
     const unsigned exists = static_cast<unsigned>(row) < static_cast<unsigned>(row_end) ? inside : 0u;
-    const int from = first + row * row_elems;
+    const T* from = image + (first + row * row_elems);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kCount; ++i, from += step) {
       if (exists >> i & 1) {
-        to[i] = load_vector<kV>(image + from + i * step);
+        to[i] = load_vector<kV>(from);
       } else {
 #pragma unroll
         for (int v = 0; v < kV; ++v) to[i][v] = from_float<T>(0.0f);

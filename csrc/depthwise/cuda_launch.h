@@ -22,4 +22,13 @@ void run_planes(const DepthwisePass& pass, const void* x, const void* weight, vo
 void run_channels(const DepthwisePass& pass, const void* x, const void* weight, void* y, const CudaEpilogue& epilogue,
                   cudaStream_t stream);
 
+// Weight gradients: partial[slot][channel][tap], float32. Each returns how many slots it wrote; *_slots the most it
+// may.
+int planes_weight_grad_slots(const DepthwisePass& pass);
+int run_planes_weight_grad(const DepthwisePass& pass, const void* grad_y, const void* x, float* partial,
+                           cudaStream_t stream);
+int channels_weight_grad_slots(const DepthwisePass& pass);
+int run_channels_weight_grad(const DepthwisePass& pass, const void* grad_y, const void* x, float* partial,
+                             cudaStream_t stream);
+
 }  // namespace fastconv::cuda

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "conv2d/cuda_epilogue.cuh"
 #include "cuda_support/describe.h"
 #include "cuda_support/fast_divide.h"
 #include "depthwise/cuda_refuse.h"
@@ -67,6 +68,13 @@ inline DepthwisePass input_grad_pass(const ConvProblem& p) {
   pass.cells = stride == 2, pass.flip = stride == 1;
   if (pass.cells) pass.reach = (pass.window + 1) / 2;
   return pass;
+}
+
+__device__ __forceinline__ float scale_of(const CudaEpilogue& epilogue, int channel) {
+  return epilogue.scale.data != nullptr ? epilogue.scale.at(channel) : 1.0f;
+}
+__device__ __forceinline__ float shift_of(const CudaEpilogue& epilogue, int channel) {
+  return epilogue.shift.data != nullptr ? epilogue.shift.at(channel) : 0.0f;
 }
 
 inline void require_depthwise(const ConvProblem& p) {

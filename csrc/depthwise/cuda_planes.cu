@@ -9,11 +9,14 @@
 namespace fastconv::cuda {
 namespace {
 
+/// The channel's weights, times `scale`: one multiplication fewer per output.
 template <class Shape, class T>
-__device__ __forceinline__ void load_weights(TapRegisters<Shape>& to, const T* weight, int channel, bool flip) {
+__device__ __forceinline__ void load_weights(TapRegisters<Shape>& to, const T* weight, int channel, bool flip,
+                                             float scale) {
   const T* filter = weight + int64_t{channel} * Shape::kTaps;
 #pragma unroll
-  for (int tap = 0; tap < Shape::kTaps; ++tap) to[tap][0] = to_float(filter[flip ? Shape::kTaps - 1 - tap : tap]);
+  for (int tap = 0; tap < Shape::kTaps; ++tap)
+    to[tap][0] = to_float(filter[flip ? Shape::kTaps - 1 - tap : tap]) * scale;
 }
 
 /// Writes two neighbouring elements, `column` and the next, of a row of `width`. pairs: both exist and are aligned.
@@ -29,26 +32,13 @@ __device__ __forceinline__ void store_pair(T* row, int column, int width, bool p
   if (column + 1 < width) row[column + 1] = right;
 }
 
-/// scale * sum + shift + residual, activated: what finish() of conv2d/cuda_epilogue.cuh does, with the channel's
-/// numbers fetched once for all outputs of a thread.
-struct PlaneEpilogue {
-  float scale, shift;
-  const void* residual;
-  Activation activation;
-
-  __device__ __forceinline__ PlaneEpilogue(const CudaEpilogue& epilogue, int channel)
-      : scale(epilogue.scale.data != nullptr ? epilogue.scale.at(channel) : 1.0f),
-        shift(epilogue.shift.data != nullptr ? epilogue.shift.at(channel) : 0.0f),
-        residual(epilogue.residual),
-        activation(epilogue.activation) {}
-
-  template <class T>
-  __device__ __forceinline__ T finish(float sum, int64_t index) const {
-    sum = sum * scale + shift;
-    if (residual != nullptr) sum += to_float(static_cast<const T*>(residual)[index]);
-    return from_float<T>(activate(sum, activation));
-  }
-};
+/// sum + shift + residual, activated; the scale is in the weights.
+template <class T>
+__device__ __forceinline__ T finish_sum(const CudaEpilogue& epilogue, float sum, float shift, int64_t index) {
+  sum += shift;
+  if (epilogue.residual != nullptr) sum += to_float(static_cast<const T*>(epilogue.residual)[index]);
+  return from_float<T>(activate(sum, epilogue.activation));
+}
 
 template <class T, int kWindow, int kStride>
 __global__ void __launch_bounds__(kPlaneThreads)
@@ -67,16 +57,16 @@ __global__ void __launch_bounds__(kPlaneThreads)
   for (int index = threadIdx.x; index < items; index += kPlaneThreads) {
     const PlaneItem item(index, blocks, range);
     TapRegisters<Shape> taps;
-    load_weights<Shape>(taps, weight, item.channel, pass.flip);
-    const PlaneEpilogue finisher(epilogue, item.channel);
+    load_weights<Shape>(taps, weight, item.channel, pass.flip, scale_of(epilogue, item.channel));
+    const float shift = shift_of(epilogue, item.channel);
     const int column = item.column * Shape::kColumns;
     const PlaneReader<T, Shape::kReads> read(tile, item.plane * in_plane - range.read_begin * pass.w.in, pass.w.in,
                                              range.read_end, column * kStride - pass.w.pad);
     const int64_t plane_at = (range.first_plane + item.plane) * (int64_t{pass.h.out} * pass.w.out);
     slide_forward<T, Shape>(taps, item.first, item.last, pass.h.pad, read, [&](int p, const auto& sum) {
       const int64_t at = plane_at + p * pass.w.out;
-      const T left = finisher.finish<T>(sum[0][0], at + column);
-      const T right = finisher.finish<T>(sum[1][0], at + min(column + 1, pass.w.out - 1));
+      const T left = finish_sum<T>(epilogue, sum[0][0], shift, at + column);
+      const T right = finish_sum<T>(epilogue, sum[1][0], shift, at + min(column + 1, pass.w.out - 1));
       store_pair(y + at, column, pass.w.out, pairs, left, right);
     });
   }
@@ -98,7 +88,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
   for (int index = threadIdx.x; index < items; index += kPlaneThreads) {
     const PlaneItem item(index, blocks, range);
     TapRegisters<Shape> taps;
-    load_weights<Shape>(taps, weight, item.channel, false);
+    load_weights<Shape>(taps, weight, item.channel, false, 1.0f);
     const PlaneReader<T, Shape::kLive> read(tile, item.plane * in_plane - range.read_begin * pass.w.in, pass.w.in,
                                             range.read_end, item.column - pass.w.pad);
     T* plane = grad_x + (range.first_plane + item.plane) * (int64_t{pass.h.out} * pass.w.out);

@@ -1,5 +1,6 @@
-// The inner loops of the depthwise kernels, the same for both layouts: a thread owns two columns and kVector channels
-// and slides down the rows. Whatever it reads, it reads once: an input row is added to all windows that it is in.
+// The inner loops of the depthwise kernels, the same for both layouts: a thread owns one or two columns and kVector
+// channels and slides down the rows. Whatever it reads, it reads once: an input row is added to all windows that it is
+// in.
 //
 // What is kept in registers over all steps (kLive: the windows that overlap one row):
 //                 weights               sums                       rows
@@ -17,11 +18,11 @@
 
 namespace fastconv::cuda {
 
-template <int kWindow_, int kStride_, int kVector_>
+template <int kWindow_, int kStride_, int kVector_, int kColumns_ = 2>
 struct SlideShape {
   static constexpr int kWindow = kWindow_, kStride = kStride_, kVector = kVector_;
   static constexpr int kTaps = kWindow * kWindow;
-  static constexpr int kColumns = 2;                                 // outputs of a thread in a row
+  static constexpr int kColumns = kColumns_;                         // outputs of a thread in a row
   static constexpr int kLive = (kWindow + kStride - 1) / kStride;    // output rows that an input row serves
   static constexpr int kReads = kStride * (kColumns - 1) + kWindow;  // input columns of kColumns outputs
   static_assert(kLive >= 2, "the loops rotate at least two rows");
