@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -71,17 +71,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool, offset:
     """A tensor of NaN amid NaN."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return placed(torch.full(shape, NAN, dtype=dtype).to(memory_format=layout), offset)
-
-
-@dataclass
-class Epilogue:
-    """What follows the sums; tensors are made from the problem."""
-
-    scale: bool = False
-    shift: bool = False
-    residual: bool = False
-    activation: str = "none"
-    numbers: torch.dtype = torch.float32
 
 
 @dataclass
@@ -163,6 +152,35 @@ def assert_matches(run: CudaRun, results: Results) -> None:
     exact, allowed = results_by_torch(problem, torch.float64), allowances(problem)
     for name, result in results.items():
         assert_within(result, exact[name], allowed[name], f"{name} of {problem}")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda values: values,
+    "relu": torch.relu,
+    "relu6": torch.nn.functional.relu6,
+    "tanh": torch.tanh,
+}
+
+
+def check_epilogue(library: Library, algo: str, problem: Conv, activation: str, channels_last: bool) -> None:
+    """activation(scale * sum + shift + residual), with every part alone and all together."""
+    run = CudaRun(problem, channels_last)
+    sums, dtype = results_by_torch(run.problem, torch.float64)["output"], problem.dtype
+    allowed_sums = allowances(run.problem)["output"]
+    per_channel = (sums.shape[1], 1, 1)
+    for parts in ("scale", "shift", "residual", "scale shift residual"):
+        for numbers in (torch.float32, dtype, torch.float64):
+            scale = torch.randn(per_channel).to(numbers) if "scale" in parts else None
+            shift = torch.randn(per_channel).to(numbers) if "shift" in parts else None
+            residual = run.output("grad").copy_(torch.randn(sums.shape)) if "residual" in parts else None
+            y = run.forward(library, algo, CudaEpilogue.of(scale, shift, residual, activation))
+            times = torch.ones(per_channel, dtype=torch.float64) if scale is None else scale.double()
+            terms = [sums * times, *(values.double() for values in (shift, residual) if values is not None)]
+            expected = ACTIVATIONS[activation](sum(terms[1:], start=terms[0]))
+            # float32 rounds once per step; the result is stored once. No activation is steeper than 1.
+            rounding = 4 * torch.finfo(torch.float32).eps * sum((term.abs() for term in terms[1:]), start=terms[0].abs())
+            allowed = allowed_sums * times.abs() + rounding + torch.finfo(dtype).eps * (expected.abs() + 1e-6)
+            assert_within(y, expected, allowed, f"{activation} after {parts} in {numbers}")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_convolutions import CudaRun, assert_matches, configured
+from cuda_convolutions import ACTIVATIONS, CudaRun, assert_matches, check_epilogue, configured
 from emulator_library import Library, Timing, build
 from reference import Conv
 
@@ -63,6 +63,14 @@ def test_every_kernel(library: Library, window: int, stride: int, dtype: torch.d
         for integers in (True, False):
             problem = depthwise(channels, size, window, stride, n=3, dtype=dtype, integers=integers)
             check(library, problem, channels_last, offset)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_epilogue(library: Library, dtype: torch.dtype, activation: str, channels_last: bool) -> None:
+    for size in ((6, 6), (5, 7)):  # even rows of outputs are stored in pairs
+        check_epilogue(library, "depthwise", depthwise(8, size, dtype=dtype), activation, channels_last)
 
 
 PADDINGS = [(0, 0, 0, 0), (1, 0, 0, 2), (0, 1, 3, 0), (4, 3, 2, 5), (7, 8, 9, 7)]

@@ -1,6 +1,6 @@
 // Depthwise convolution in NHWC: forward with its epilogue, and the input gradient.
 //
-// A program (256 threads) has up to 64 vectors of channels and some items; a thread slides down a chunk of rows in two
+// A program (128 threads) has up to 64 vectors of channels and some items; a thread slides down a chunk of rows in two
 // columns (cuda_slide.cuh), straight from global memory. A block turns the weights of its channels from [channel][tap]
 // into rows of taps in shared memory once, from where each thread takes them into registers.
 #include "cuda_support/launch.h"
@@ -55,7 +55,7 @@ __device__ __forceinline__ Vector<T, kV> finish_vector(const CudaEpilogue& epilo
 }
 
 template <class T, int kWindow, int kStride, int kV>
-__global__ void __launch_bounds__(kChannelThreads, 2)
+__global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerSm)
     channels_forward(DepthwisePass pass, ChannelBlocks blocks, const T* x, const T* weight, T* y,
                      CudaEpilogue epilogue) {
   using Shape = SlideShape<kWindow, kStride, kV, channel_columns(kWindow, kStride)>;
@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
     if (index >= blocks.items) return;
     const ChannelItem item(static_cast<uint32_t>(index), blocks, pass.h.positions);
     const int column = item.column * Shape::kColumns;
-    const ChannelReader<T, kV, Shape::kReads> read(x + item.image * in_image + channel, channels, pass.w.in, pass.h.in,
+    const ChannelReader<T, kV, Shape::kReads> read(x + item.image * in_image + channel, channels, pass.w.in,
+                                                   rows_read(pass.h, item.last, kStride, kWindow),
                                                    column * kStride - pass.w.pad);
     const int64_t image_at = item.image * out_image + channel;
     slide_forward<T, Shape>(taps, item.first, item.last, pass.h.pad, read, [&](int p, const auto& sum) {
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
 }
 
 template <class T, int kWindow, int kV>
-__global__ void __launch_bounds__(kChannelThreads, 2)
+__global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerSm)
     channels_input_grad(DepthwisePass pass, ChannelBlocks blocks, const T* grad_y, const T* weight, T* grad_x) {
   using Shape = SlideShape<kWindow, 2, kV>;
   FASTCONV_DYNAMIC_SHARED(shared);
@@ -110,7 +111,8 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
     if (index >= blocks.items) return;
     const ChannelItem item(static_cast<uint32_t>(index), blocks, pass.h.positions);
     const ChannelReader<T, kV, Shape::kLive> read(grad_y + item.image * in_image + channel, channels, pass.w.in,
-                                                  pass.h.in, item.column - pass.w.pad);
+                                                  rows_read(pass.h, item.last, 1, Shape::kLive),
+                                                  item.column - pass.w.pad);
     T* image = grad_x + item.image * out_image + channel;
     const int column = pass.w.origin + 2 * item.column;
     slide_input_grad<T, Shape>(taps, item.first, item.last, pass.h.pad, read, [&](int cell, const auto& sum) {

@@ -16,14 +16,16 @@
 
 namespace fastconv::cuda {
 
-inline constexpr int kChannelThreads = 256;
+inline constexpr int kChannelThreads = 128;
+/// Blocks that must fit on a multiprocessor: a thread may have 65536 / 128 / 4 = 128 registers.
+inline constexpr int kChannelBlocksPerSm = 4;
 inline constexpr int kChannelTile = 64;  // vectors of a block, at most: 512 bytes in 3x3
 
 template <class T, int kWindow>
 inline constexpr int kChannelVector = kWindow == 7 ? 1 : (kWindow == 3 ? 8 : 4) / static_cast<int>(sizeof(T));
 
-/// Columns of a thread. With stride 2 two windows share little, and two would not fit the registers beside 25 weights.
-constexpr int channel_columns(int window, int stride) { return stride == 2 && window > 3 ? 1 : 2; }
+/// Columns of a thread: two where the registers allow it. With stride 2 two windows share little anyway.
+constexpr int channel_columns(int window, int stride) { return window == 3 || (window == 5 && stride == 1) ? 2 : 1; }
 
 /// A block is (tile vectors of channels, items): threadIdx.x is the vector, threadIdx.y the item, which is a chunk of
 /// rows in one or two columns (or one column of cells) of one image. Columns are fastest.
@@ -77,12 +79,20 @@ struct ChannelItem {
   }
 };
 
+/// The end of the rows that positions up to `last` - 1 read: the loops ask for one row more, which need not be fetched.
+__device__ __forceinline__ int rows_read(const PassAxis& axis, int last, int step, int reach) {
+  return max(0, min(axis.in, (last - 1) * step - axis.pad + reach));
+}
+
 /// Loads kCount vectors of a row of an image, zeros where the image has none.
+///
+/// Offsets are unsigned: for signed ones, which may not overflow, the compiler keeps a running 64-bit pointer for every
+/// load of the unrolled loops (112 registers in a 7x7 window).
 template <class T, int kV, int kCount>
 struct ChannelReader {
-  const T* image;   // at the thread's channels
-  int first, step;  // offset of the first column in row 0; from column to column: all channels
-  int row_elems, row_end;
+  const T* image;                   // at the thread's channels
+  uint32_t first, step, row_elems;  // offset of the first column in row 0; from column to column; from row to row
+  uint32_t row_end;
   unsigned inside = 0;  // bit i: column i exists
 
   __device__ __forceinline__ ChannelReader(const T* from, int channels, int width, int rows, int first_column)
@@ -92,18 +102,11 @@ struct ChannelReader {
       inside |= (static_cast<unsigned>(first_column + i) < static_cast<unsigned>(width) ? 1u : 0u) << i;
   }
 
-  __device__ __forceinline__ void operator()(int row, Vector<T, kV> (&to)[kCount]) const {
-    const unsigned exists = static_cast<unsigned>(row) < static_cast<unsigned>(row_end) ? inside : 0u;
-    const T* from = image + (first + row * row_elems);
+  __device__ __forceinline__ void operator()(int row, Packed<T, kV> (&to)[kCount]) const {
+    const unsigned exists = static_cast<uint32_t>(row) < row_end ? inside : 0u;
+    uint32_t from = first + static_cast<uint32_t>(row) * row_elems;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i, from += step) {
-      if (exists >> i & 1) {
-        to[i] = load_vector<kV>(from);
-      } else {
-#pragma unroll
-        for (int v = 0; v < kV; ++v) to[i][v] = from_float<T>(0.0f);
-      }
-    }
+    for (int i = 0; i < kCount; ++i, from += step) to[i].load(image + from, exists >> i & 1);
   }
 };
 

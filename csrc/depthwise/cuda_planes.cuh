@@ -137,22 +137,21 @@ struct PlaneItem {
 template <class T, int kCount>
 struct PlaneReader {
   const T* staged;
-  int origin;  // of row 0 and the first column, relative to `staged`
-  int width, row_end;
+  uint32_t origin;  // of row 0 and the first column, relative to `staged`; unsigned, see ChannelReader
+  uint32_t width, row_end;
   unsigned inside = 0;  // bit i: column i exists
 
   __device__ __forceinline__ PlaneReader(const T* tile, int row_zero, int row_width, int rows, int first_column)
       : staged(tile), origin(row_zero + first_column), width(row_width), row_end(rows) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      inside |= (static_cast<unsigned>(first_column + i) < static_cast<unsigned>(width) ? 1u : 0u) << i;
+    for (int i = 0; i < kCount; ++i) inside |= (static_cast<uint32_t>(first_column + i) < width ? 1u : 0u) << i;
   }
 
-  __device__ __forceinline__ void operator()(int row, Vector<T, 1> (&to)[kCount]) const {
-    const unsigned exists = static_cast<unsigned>(row) < static_cast<unsigned>(row_end) ? inside : 0u;
-    const int from = origin + row * width;
+  __device__ __forceinline__ void operator()(int row, Packed<T, 1> (&to)[kCount]) const {
+    const unsigned exists = static_cast<uint32_t>(row) < row_end ? inside : 0u;
+    const uint32_t from = origin + static_cast<uint32_t>(row) * width;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i][0] = exists >> i & 1 ? staged[from + i] : from_float<T>(0.0f);
+    for (int i = 0; i < kCount; ++i) to[i].load(staged + (from + i), exists >> i & 1);
   }
 };
 

@@ -14,6 +14,8 @@
 // overlap without help from other warps.
 #pragma once
 
+#include <bit>
+
 #include "cuda_support/dtype.h"
 
 namespace fastconv::cuda {
@@ -28,6 +30,38 @@ struct SlideShape {
   static_assert(kLive >= 2, "the loops rotate at least two rows");
 };
 
+/// kCount elements as they lie in memory, in as few registers as they need. The compiler gives every 16-bit variable
+/// that lives around a loop a 32-bit register of its own: Vector<half, 4> would take four, this takes two.
+template <class T, int kCount>
+struct Packed {
+  static constexpr int kBytes = sizeof(T) * kCount, kWords = (kBytes + 3) / 4;
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8);
+  uint32_t word[kWords];
+
+  /// `from` is aligned to kBytes. If not `exists`, nothing is read and the elements are zeros.
+  __device__ __forceinline__ void load(const T* from, bool exists) {
+    if constexpr (kBytes == 2) {
+      word[0] = exists ? *reinterpret_cast<const uint16_t*>(from) : 0;
+    } else if constexpr (kBytes == 4) {
+      word[0] = exists ? *reinterpret_cast<const uint32_t*>(from) : 0;
+    } else {
+      const uint2 both = exists ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
+      word[0] = both.x, word[1] = both.y;
+    }
+  }
+
+  __device__ __forceinline__ float at(int i) const {
+    if constexpr (sizeof(T) == 4) return __uint_as_float(word[i]);
+    else return to_float(std::bit_cast<Vector<T, 2>>(word[i / 2])[i % 2]);
+  }
+};
+
+template <class T, int kCount>
+__device__ __forceinline__ void to_float(const Packed<T, kCount>& from, float (&to)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = from.at(i);
+}
+
 /// w[tap][channel]
 template <class Shape>
 using TapRegisters = float[Shape::kTaps][Shape::kVector];
@@ -41,7 +75,7 @@ __device__ __forceinline__ void slide_forward(const TapRegisters<Shape>& weight,
                                               const Load& load, const Emit& emit) {
   constexpr int kLive = Shape::kLive, kStride = Shape::kStride, kWindow = Shape::kWindow;
   float sum[kLive][Shape::kColumns][Shape::kVector] = {};
-  Vector<T, Shape::kVector> row[Shape::kReads];
+  Packed<T, Shape::kVector> row[Shape::kReads];
   int h = first * kStride - pad;
   load(h, row);
   const int end = last + kLive - 1;
@@ -51,7 +85,7 @@ __device__ __forceinline__ void slide_forward(const TapRegisters<Shape>& weight,
       if (base + phase >= end) break;
 #pragma unroll
       for (int j = 0; j < kStride; ++j) {
-        Vector<T, Shape::kVector> next[Shape::kReads];
+        Packed<T, Shape::kVector> next[Shape::kReads];
         load(++h, next);
 #pragma unroll
         for (int i = 0; i < Shape::kReads; ++i) {
@@ -96,7 +130,7 @@ __device__ __forceinline__ void slide_input_grad(const TapRegisters<Shape>& weig
   constexpr int kShift = cell_shift(kWindow);
   static_assert(Shape::kStride == 2 && kWindow % 2 == 1);
   float rows[kLive][kLive][kV];
-  Vector<T, kV> next[kLive];
+  Packed<T, kV> next[kLive];
   const int newest = kLive - 1 - pad;  // of cell 0
 #pragma unroll
   for (int up = kLive - 1; up > 0; --up) {
@@ -133,13 +167,16 @@ __device__ __forceinline__ void slide_input_grad(const TapRegisters<Shape>& weig
 }
 
 /// Adds what output rows first to last - 1 contribute to the weight gradient: sum[tap] += grad * x.
-/// load_x(h, row) is that of slide_forward; load_grad(p, row) fills row[kColumns], zeros outside the output.
+/// load_x(h, row) is that of slide_forward; load_grad(p, row) fills row[kColumns], zeros outside these rows.
+///
+/// The last round of kLive steps runs to its end, on zeros: with an exit after each step the compiler kept two copies
+/// of all sums and spilled one of them.
 template <class T, class Shape, class LoadX, class LoadGrad>
 __device__ __forceinline__ void slide_weight_grad(TapRegisters<Shape>& sum, int first, int last, int pad,
                                                   const LoadX& load_x, const LoadGrad& load_grad) {
   constexpr int kLive = Shape::kLive, kStride = Shape::kStride, kWindow = Shape::kWindow, kV = Shape::kVector;
   float grad[kLive][Shape::kColumns][kV] = {};
-  Vector<T, kV> row[Shape::kReads], next_grad[Shape::kColumns];
+  Packed<T, kV> row[Shape::kReads], next_grad[Shape::kColumns];
   int h = first * kStride - pad;
   load_x(h, row);
   load_grad(first, next_grad);
@@ -147,13 +184,12 @@ __device__ __forceinline__ void slide_weight_grad(TapRegisters<Shape>& sum, int 
   for (int base = first; base < end; base += kLive) {
 #pragma unroll
     for (int phase = 0; phase < kLive; ++phase) {
-      if (base + phase >= end) break;
 #pragma unroll
       for (int column = 0; column < Shape::kColumns; ++column) to_float(next_grad[column], grad[phase][column]);
       load_grad(base + phase + 1, next_grad);
 #pragma unroll
       for (int j = 0; j < kStride; ++j) {
-        Vector<T, kV> next[Shape::kReads];
+        Packed<T, kV> next[Shape::kReads];
         load_x(++h, next);
 #pragma unroll
         for (int i = 0; i < Shape::kReads; ++i) {

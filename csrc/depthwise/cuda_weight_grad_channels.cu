@@ -2,8 +2,8 @@
 //
 // A program has up to 64 vectors of channels and a share of the items (chunks of rows in one or two columns of an
 // image). A thread keeps the sums of its channels in registers over all its items; the threads that have the same
-// channels add up in a fixed order and write partial[slot][channel][tap], and a second pass (cuda_launch.cu) adds the
-// slots.
+// channels add up in a fixed order and write partial[slot][channel][tap], and a second pass (conv2d/cuda_slots.cuh)
+// adds the slots.
 #include "cuda_support/launch.h"
 #include "depthwise/cuda_channels.cuh"
 #include "depthwise/cuda_launch.h"
@@ -12,7 +12,7 @@ namespace fastconv::cuda {
 namespace {
 
 template <class T, int kWindow, int kStride, int kV>
-__global__ void __launch_bounds__(kChannelThreads, 2)
+__global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerSm)
     channels_weight_grad(DepthwisePass pass, ChannelBlocks blocks, const T* grad_y, const T* x, float* partial) {
   using Shape = SlideShape<kWindow, kStride, kV, channel_columns(kWindow, kStride)>;
   FASTCONV_SHARED(shared, float[kWindow * kV * kChannelThreads]);
@@ -29,15 +29,16 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
       const ChannelItem item(static_cast<uint32_t>(index), blocks, pass.h.out);
       const int column = item.column * Shape::kColumns;
       const ChannelReader<T, kV, Shape::kReads> read_x(x + item.image * x_image + channel, channels, pass.w.in,
-                                                       pass.h.in, column * kStride - pass.w.pad);
+                                                       rows_read(pass.h, item.last, kStride, kWindow),
+                                                       column * kStride - pass.w.pad);
       const ChannelReader<T, kV, Shape::kColumns> read_grad(grad_y + item.image * grad_image + channel, channels,
                                                             pass.w.out, item.last, column);
       slide_weight_grad<T, Shape>(sum, item.first, item.last, pass.h.pad, read_x, read_grad);
     }
   }
   // A row of taps at a time: [tap of the row][thread.y][channel of the tile].
-  const int width = blocks.tile * kV, thread = threadIdx.y * blockDim.x + threadIdx.x;
-  const int threads = blockDim.x * blockDim.y, first_channel = static_cast<int>(blockIdx.y) * width;
+  const unsigned width = blocks.tile * kV, thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const unsigned threads = blockDim.x * blockDim.y, first_channel = static_cast<int>(blockIdx.y) * width;
   partial += (int64_t{blockIdx.x} * channels + first_channel) * Shape::kTaps;
 #pragma unroll
   for (int r = 0; r < kWindow; ++r) {
@@ -47,9 +48,10 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
 #pragma unroll
       for (int v = 0; v < kV; ++v) shared[s * kV * threads + thread * kV + v] = sum[r * kWindow + s][v];
     __syncthreads();
-    for (int i = thread; i < kWindow * width; i += threads) {
-      const int s = i / width, own = i % width;
+    for (unsigned i = thread; i < static_cast<unsigned>(kWindow * width); i += threads) {
+      const int s = static_cast<int>(i / width), own = static_cast<int>(i % width);
       float total = 0;
+#pragma unroll 1
       for (unsigned y = 0; y < blockDim.y; ++y) total += shared[s * kV * threads + y * width + own];
       if (first_channel + own < channels) partial[own * Shape::kTaps + r * kWindow + s] = total;
     }

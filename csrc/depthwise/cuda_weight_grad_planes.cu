@@ -4,7 +4,7 @@
 // over all of them: thread i always has the same channel, chunk of rows and pair of columns. While it works on one
 // image, cp.async brings the next one's planes of x and of the gradient, each a contiguous range, to shared memory.
 // In the end the threads of a channel add up in a fixed order and write partial[slot][channel][tap], slot being the
-// share and the strip; a second pass (cuda_launch.cu) adds the slots.
+// share and the strip; a second pass (conv2d/cuda_slots.cuh) adds the slots.
 #include "cuda_support/launch.h"
 #include "cuda_support/reduce.cuh"
 #include "depthwise/cuda_launch.h"
@@ -82,7 +82,7 @@ __device__ __forceinline__ void add_threads(const TapRegisters<Shape>& sum, floa
 }
 
 template <class T, int kWindow, int kStride>
-__global__ void __launch_bounds__(kPlaneThreads)
+__global__ void __launch_bounds__(kPlaneThreads, 2)
     planes_weight_grad(DepthwisePass pass, WeightGradBlocks blocks, const T* grad_y, const T* x, float* partial) {
   using Shape = SlideShape<kWindow, kStride, 1>;
   FASTCONV_DYNAMIC_SHARED(shared);
@@ -98,18 +98,18 @@ __global__ void __launch_bounds__(kPlaneThreads)
   const int x_plane = pass.h.in * pass.w.in, grad_plane = pass.h.out * pass.w.out;
   const int x_count = (channels - 1) * x_plane + (x_end - x_begin) * pass.w.in;
   const int grad_count = (channels - 1) * grad_plane + (last_row - first_row) * pass.w.out;
-  const T *x_tile[2], *grad_tile[2];
-  const auto fetch = [&](int64_t image, int buffer) {
+  const auto fetch = [&](int64_t image, int buffer, const T*& x_tile, const T*& grad_tile) {
     unsigned char* to = shared + buffer * (blocks.x_bytes + blocks.grad_bytes);
     const int64_t plane = image * pass.channels + first_channel;
-    x_tile[buffer] = stage(to, x + plane * x_plane + x_begin * pass.w.in, x_count);
-    grad_tile[buffer] = stage(to + blocks.x_bytes, grad_y + plane * grad_plane + first_row * pass.w.out, grad_count);
+    x_tile = stage(to, x + plane * x_plane + x_begin * pass.w.in, x_count);
+    grad_tile = stage(to + blocks.x_bytes, grad_y + plane * grad_plane + first_row * pass.w.out, grad_count);
   };
   TapRegisters<Shape> sum = {};
   const int per_channel = static_cast<int>(blocks.chunks.divisor * blocks.columns.divisor);
   const int first_image = share * blocks.images_per_share;
   const int last_image = min(first_image + blocks.images_per_share, static_cast<int>(pass.images));
-  fetch(first_image, 0);
+  const T *x_now, *grad_now;
+  fetch(first_image, 0, x_now, grad_now);
   ptx::cp_async_commit_group();
   const auto work = [&](const T* x_at, const T* grad_at) {
     for (int index = threadIdx.x; index < channels * per_channel; index += kPlaneThreads) {
@@ -125,12 +125,13 @@ __global__ void __launch_bounds__(kPlaneThreads)
     }
   };
   for (int image = first_image; image < last_image; ++image) {
-    const int buffer = (image - first_image) % 2;
-    if (image + 1 < last_image) fetch(image + 1, buffer ^ 1);
+    const T *x_next = x_now, *grad_next = grad_now;
+    if (image + 1 < last_image) fetch(image + 1, (image + 1 - first_image) % 2, x_next, grad_next);
     ptx::cp_async_commit_group();  // empty after the last image, so that the count below holds
     ptx::cp_async_wait_group<1>();
     __syncthreads();
-    work(buffer == 0 ? x_tile[0] : x_tile[1], buffer == 0 ? grad_tile[0] : grad_tile[1]);
+    work(x_now, grad_now);
+    x_now = x_next, grad_now = grad_next;
     __syncthreads();  // the buffer is free
   }
   ptx::cp_async_wait_group<0>();
