@@ -12,7 +12,7 @@ from cuda_convolutions import ACTIVATIONS, CudaRun, assert_matches, check_epilog
 from emulator_library import Library, Timing, build
 from reference import Conv
 
-SOURCES = ["csrc/conv2d/cuda_stem.cu", "csrc/conv2d/cuda_stem_weight_grad.cu"]
+SOURCES = ["csrc/conv2d/cuda_stem.cu", "csrc/conv2d/cuda_stem_mma.cu", "csrc/conv2d/cuda_stem_weight_grad.cu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 
@@ -41,6 +41,8 @@ def stem(window: int, stride: int, padding: int, filters: int, size: tuple[int, 
 def check(library: Library, problem: Conv, channels_last: bool, offset: int = 0) -> None:
     run = CudaRun(problem, channels_last, offset)
     assert_matches(run, {"output": run.forward(library, "stem"), "weight": run.weight_grad(library, "stem")})
+    if problem.dtype != torch.float32:
+        assert_matches(run, {"output": run.forward(library, "stem_mma")})
 
 
 # ResNet, AlexNet, VGG, MobileNet, LeNet, and a patch embedding; smaller images.
@@ -92,14 +94,31 @@ def test_random_problems(library: Library, seed: int, channels_last: bool) -> No
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_epilogue(library: Library, dtype: torch.dtype, activation: str, channels_last: bool) -> None:
-    check_epilogue(library, "stem", stem(3, 2, 1, 11, (9, 12), dtype=dtype), activation, channels_last)
+    for algo in ("stem", "stem_mma")[: 1 if dtype == torch.float32 else 2]:
+        check_epilogue(library, algo, stem(3, 2, 1, 11, (9, 12), dtype=dtype), activation, channels_last)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("algo", ["stem", "stem_mma"])
+def test_nan_stays_in_its_windows(library: Library, algo: str, channels_last: bool) -> None:
+    """Tensor cores multiply more than the window: what lies beside it must not get in."""
+    for window, stride in ((3, 1), (5, 1), (7, 2), (11, 4)):
+        problem = stem(window, stride, 0, 9, (23, 23), n=1, dtype=torch.float16)
+        run = CudaRun(problem, channels_last)
+        run.tensors["x"][0, 1, 11, 11] = float("nan")
+        y = run.forward(library, algo)
+        touched = torch.zeros(y.shape[2:], dtype=torch.bool)
+        starts = range(0, 23 - window + 1, stride)
+        reached = [i for i, start in enumerate(starts) if start <= 11 < start + window]
+        touched[reached[0] : reached[-1] + 1, reached[0] : reached[-1] + 1] = True
+        assert torch.equal(y.isnan(), touched.expand_as(y))
 
 
 @LAYOUTS
 @pytest.mark.parametrize("timing", list(Timing), ids=str)
 def test_no_races(checked: Library, timing: Timing, channels_last: bool) -> None:
     with configured(checked, timing=timing, check_races=True, sm_count=1):
-        check(checked, stem(3, 2, 1, 11, (30, 33), n=1, integers=True), channels_last)
+        check(checked, stem(3, 2, 1, 11, (30, 33), n=1, integers=True, dtype=torch.float16), channels_last)
         check(checked, stem(5, 1, 0, 6, (20, 21), n=2, integers=True, c_per_group=1), channels_last)
 
 
@@ -114,3 +133,5 @@ def test_refuses_with_a_reason(library: Library) -> None:
     ):
         with pytest.raises(RuntimeError, match=reason):
             CudaRun(problem).forward(library, "stem")
+    with pytest.raises(RuntimeError, match="needs float16 or bfloat16"):
+        CudaRun(Conv()).forward(library, "stem_mma")

@@ -21,4 +21,10 @@ inline const char* refuse_stem_cuda(const ConvProblem& p) {
   return nullptr;
 }
 
+/// The same for csrc/conv2d/cuda_stem_mma.cu (forward).
+inline const char* refuse_stem_mma_cuda(const ConvProblem& p) {
+  if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "it needs float16 or bfloat16";
+  return refuse_stem_cuda(p);
+}
+
 }  // namespace fastconv

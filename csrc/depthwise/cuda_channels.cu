@@ -55,7 +55,7 @@ __device__ __forceinline__ Vector<T, kV> finish_vector(const CudaEpilogue& epilo
 }
 
 template <class T, int kWindow, int kStride, int kV>
-__global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerSm)
+__global__ void __launch_bounds__(kChannelThreads, channel_blocks_per_sm(kWindow))
     channels_forward(DepthwisePass pass, ChannelBlocks blocks, const T* x, const T* weight, T* y,
                      CudaEpilogue epilogue) {
   using Shape = SlideShape<kWindow, kStride, kV, channel_columns(kWindow, kStride)>;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerSm)
 }
 
 template <class T, int kWindow, int kV>
-__global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerSm)
+__global__ void __launch_bounds__(kChannelThreads, channel_blocks_per_sm(kWindow))
     channels_input_grad(DepthwisePass pass, ChannelBlocks blocks, const T* grad_y, const T* weight, T* grad_x) {
   using Shape = SlideShape<kWindow, 2, kV>;
   FASTCONV_DYNAMIC_SHARED(shared);

@@ -17,8 +17,9 @@
 namespace fastconv::cuda {
 
 inline constexpr int kChannelThreads = 128;
-/// Blocks that must fit on a multiprocessor: a thread may have 65536 / 128 / 4 = 128 registers.
-inline constexpr int kChannelBlocksPerSm = 4;
+/// Blocks that must fit on a multiprocessor: a thread may have 65536 / 128 / this many registers. The 49 sums of a 7x7
+/// weight gradient need more than 128.
+constexpr int channel_blocks_per_sm(int window) { return window == 7 ? 3 : 4; }
 inline constexpr int kChannelTile = 64;  // vectors of a block, at most: 512 bytes in 3x3
 
 template <class T, int kWindow>

@@ -12,7 +12,7 @@ namespace fastconv::cuda {
 namespace {
 
 template <class T, int kWindow, int kStride, int kV>
-__global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerSm)
+__global__ void __launch_bounds__(kChannelThreads, channel_blocks_per_sm(kWindow))
     channels_weight_grad(DepthwisePass pass, ChannelBlocks blocks, const T* grad_y, const T* x, float* partial) {
   using Shape = SlideShape<kWindow, kStride, kV, channel_columns(kWindow, kStride)>;
   FASTCONV_SHARED(shared, float[kWindow * kV * kChannelThreads]);

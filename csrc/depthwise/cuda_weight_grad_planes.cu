@@ -82,7 +82,7 @@ __device__ __forceinline__ void add_threads(const TapRegisters<Shape>& sum, floa
 }
 
 template <class T, int kWindow, int kStride>
-__global__ void __launch_bounds__(kPlaneThreads, 2)
+__global__ void __launch_bounds__(kPlaneThreads, kWindow == 7 ? 1 : 2)
     planes_weight_grad(DepthwisePass pass, WeightGradBlocks blocks, const T* grad_y, const T* x, float* partial) {
   using Shape = SlideShape<kWindow, kStride, 1>;
   FASTCONV_DYNAMIC_SHARED(shared);
