@@ -47,10 +47,10 @@ def check(library: Library, problem: Conv, channels_last: bool, offset: int = 0)
 
 # ResNet, AlexNet, VGG, MobileNet, LeNet, and a patch embedding; smaller images.
 LECTURE = [
-    stem(7, 2, 3, 64, (40, 56)),
-    stem(11, 4, 2, 96, (64, 60)),
-    stem(3, 1, 1, 64, (32, 28)),
-    stem(3, 2, 1, 32, (48, 48)),
+    stem(7, 2, 3, 64, (26, 32), n=1),
+    stem(11, 4, 2, 96, (36, 44), n=1),
+    stem(3, 1, 1, 64, (20, 28), n=1),
+    stem(3, 2, 1, 32, (40, 32)),
     stem(5, 1, 0, 6, (32, 32), c_per_group=1),
     stem(4, 4, 0, 96, (32, 32)),
 ]

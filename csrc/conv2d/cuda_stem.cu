@@ -28,14 +28,16 @@ struct StemBlocks {
 template <class T>
 __global__ void __launch_bounds__(kStemThreads, 2)
     stem_forward(ConvProblem p, StemTile tile, StemBlocks blocks, const T* x, const T* weight, T* y,
-                 CudaEpilogue epilogue) {
+                 CudaEpilogue epilogue, StemEpilogue output) {
   FASTCONV_DYNAMIC_SHARED(shared);
   const int filters = blocks.filter_groups * kFilters, taps = static_cast<int>(p.c * p.r * p.s);
   float* weights = reinterpret_cast<float*>(shared);  // [tap][filter of the block]
   float* slab = weights + taps * filters;
   int* offsets = reinterpret_cast<int*>(slab + static_cast<int>(p.c) * tile.slab_rows * tile.row_words);
   fill_tap_offsets(p, tile, offsets);
+  float* scales = reinterpret_cast<float*>(offsets + taps);
   const int first_filter = static_cast<int>(blockIdx.y) * filters, window = static_cast<int>(p.r * p.s);
+  fill_scales(epilogue, first_filter, filters, static_cast<int>(p.k), scales);
   const Strides4 ws = p.weight_strides();
   for (int i = threadIdx.x; i < taps * filters; i += kStemThreads) {
     const int k = i / taps, tap = i % taps, c = tap / window, r = tap % window / static_cast<int>(p.s);
@@ -60,11 +62,11 @@ __global__ void __launch_bounds__(kStemThreads, 2)
     fill_slab(p, tile, x + image * (p.c * p.h * p.w), row, column, slab);
     __syncthreads();
     float sum[kPixels][kFilters] = {};
-#pragma unroll 2
-    for (int tap = 0; tap < taps; ++tap) {
+    const float* taken = weights + own_filter;
+#pragma unroll 1
+    for (int tap = 0; tap < taps; ++tap, taken += filters) {
       const float* from = slab + offsets[tap];
-      const Vector<float, 4> low = load_vector<4>(weights + tap * filters + own_filter);
-      const Vector<float, 4> high = load_vector<4>(weights + tap * filters + own_filter + 4);
+      const Vector<float, 4> low = load_vector<4>(taken), high = load_vector<4>(taken + 4);
 #pragma unroll
       for (int j = 0; j < kPixels; ++j) {
         const float value = from[base[j]];
@@ -72,26 +74,23 @@ __global__ void __launch_bounds__(kStemThreads, 2)
         for (int f = 0; f < kFilters; ++f) sum[j][f] = fmaf(f < 4 ? low[f] : high[f - 4], value, sum[j][f]);
       }
     }
+    const int64_t image_at = image * (p.k * (rows * columns));
+    const int filters_left = min(kFilters, static_cast<int>(p.k) - first_filter - own_filter);
 #pragma unroll
-    for (int f = 0; f < kFilters; ++f) {
-      const int k = first_filter + own_filter + f;
-      if (k >= p.k) continue;
-      const float scale = epilogue.scale.data != nullptr ? epilogue.scale.at(k) : 1.0f;
-      const float shift = epilogue.shift.data != nullptr ? epilogue.shift.at(k) : 0.0f;
+    for (int j = 0; j < kPixels; ++j) {
+      uint32_t q = first_pixel + 32 * j;
+      const bool in_tile = static_cast<int>(q) < pixels;
+      const int at_row = row + static_cast<int>(tile.by_columns.divide_keep_rest(q));
+      const int at_column = column + static_cast<int>(q);
+      const bool inside = in_tile && at_row < rows && at_column < columns;
+      const int64_t at = image_at + (at_row * columns + at_column) * output.pixel_stride +
+                         (first_filter + own_filter) * output.filter_stride;
 #pragma unroll
-      for (int j = 0; j < kPixels; ++j) {
-        uint32_t q = first_pixel + 32 * j;
-        const bool inside = static_cast<int>(q) < pixels;
-        const int at_row = row + static_cast<int>(tile.by_columns.divide_keep_rest(q));
-        const int at_column = column + static_cast<int>(q);
-        if (!inside || at_row >= rows || at_column >= columns) continue;
-        const int pixel = at_row * columns + at_column, plane = rows * columns;
-        const int64_t at =
-            image * (p.k * plane) + (p.layout == Layout::nchw ? k * plane + pixel : pixel * static_cast<int>(p.k) + k);
-        float value = sum[j][f] * scale + shift;
-        if (epilogue.residual != nullptr) value += to_float(static_cast<const T*>(epilogue.residual)[at]);
-        y[at] = from_float<T>(activate(value, epilogue.activation));
-      }
+      for (int f = 0; f < kFilters; ++f)
+        if (inside && f < filters_left) {
+          const int64_t to = at + f * output.filter_stride;
+          y[to] = output.finish<T>(sum[j][f], scales[own_filter + f], scales[filters + own_filter + f], to);
+        }
     }
   }
 }
@@ -125,11 +124,13 @@ void launch_stem_forward(const ConvProblem& p, const void* x, const void* weight
   const int64_t wanted = ceil_div(4 * int64_t{device_properties().sm_count}, blocks.filter_tiles);
   blocks.tiles_per_block = static_cast<int>(std::clamp<int64_t>(blocks.tiles / wanted, 1, 16));
   const dim3 grid(blocks_for(blocks.tiles, blocks.tiles_per_block), static_cast<unsigned>(blocks.filter_tiles));
-  const size_t shared = p.c * p.r * p.s * blocks.filters() * sizeof(float) + tile.bytes(p);
+  const size_t shared =
+      p.c * p.r * p.s * blocks.filters() * sizeof(float) + tile.bytes(p) + 2 * blocks.filters() * sizeof(float);
   dispatch_element("stem convolution", p.dtype, [&](auto element) {
     using T = decltype(element);
     launch(FASTCONV_KERNEL(stem_forward<T>), grid, kStemThreads, shared, stream, p, tile, blocks,
-           static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(y), epilogue);
+           static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(y), epilogue,
+           StemEpilogue(p, epilogue));
   });
 }
 

@@ -7,7 +7,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
+#include "conv2d/cuda_epilogue.cuh"
 #include "cuda_support/describe.h"
 #include "cuda_support/device.h"
 #include "cuda_support/dtype.h"
@@ -121,6 +123,42 @@ __device__ __forceinline__ void fill_slab(const ConvProblem& p, const StemTile& 
     uint32_t phase = s;
     const uint32_t at = tile.by_stride.divide_keep_rest(phase);
     slab[(c * tile.slab_rows + r) * tile.row_words + phase * tile.phase_words + at] = value;
+  }
+}
+
+/// The epilogue with as few branches as possible: the compiler copies a loop for every combination of branches that do
+/// not change in it, and finish() has 7 of them (minutes of compilation). Scale and shift are in a table in shared
+/// memory, ReLU and ReLU6 are a clamp, the layout is two strides.
+struct StemEpilogue {
+  const void* residual = nullptr;
+  float lowest = -INFINITY, highest = INFINITY;
+  bool is_tanh = false;
+  int filter_stride = 1, pixel_stride = 1;
+
+  StemEpilogue(const ConvProblem& p, const CudaEpilogue& epilogue)
+      : residual(epilogue.residual), is_tanh(epilogue.activation == Activation::tanh) {
+    if (epilogue.activation == Activation::relu || epilogue.activation == Activation::relu6) lowest = 0;
+    if (epilogue.activation == Activation::relu6) highest = 6;
+    const Strides4 strides = p.output_strides();
+    filter_stride = static_cast<int>(strides.c), pixel_stride = static_cast<int>(strides.w);
+  }
+
+  /// NaN stays NaN.
+  template <class T>
+  __device__ __forceinline__ T finish(float sum, float scale, float shift, int64_t index) const {
+    float value = sum * scale + shift;
+    if (residual != nullptr) value += to_float(static_cast<const T*>(residual)[index]);
+    value = value < lowest ? lowest : value > highest ? highest : value;
+    return from_float<T>(is_tanh ? tanhf(value) : value);
+  }
+};
+
+/// table[filter] = scale, table[filters + filter] = shift.
+__device__ __forceinline__ void fill_scales(const CudaEpilogue& epilogue, int first_filter, int filters, int all,
+                                            float* table) {
+  for (int f = threadIdx.x; f < min(filters, all - first_filter); f += kStemThreads) {
+    table[f] = epilogue.scale.data != nullptr ? epilogue.scale.at(first_filter + f) : 1.0f;
+    table[filters + f] = epilogue.shift.data != nullptr ? epilogue.shift.at(first_filter + f) : 0.0f;
   }
 }
 

@@ -101,15 +101,18 @@ __device__ __forceinline__ void multiply(const ConvProblem& p, const StemMmaBloc
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStemThreads, 2) stem_mma(ConvProblem p, StemTile tile, StemMmaBlocks blocks,
-                                                            const T* x, const T* weight, T* y, CudaEpilogue epilogue) {
+__global__ void __launch_bounds__(kStemThreads, 2)
+    stem_mma(ConvProblem p, StemTile tile, StemMmaBlocks blocks, const T* x, const T* weight, T* y,
+             CudaEpilogue epilogue, StemEpilogue output) {
   FASTCONV_DYNAMIC_SHARED(shared);
   const int filters = blocks.filter_groups * kWarpFilters, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* buffer = reinterpret_cast<float*>(shared) + warp * kBufferWords;
-  T* weights = reinterpret_cast<T*>(shared + kWarps * kBufferWords * sizeof(float));
+  float* scales = reinterpret_cast<float*>(shared) + kWarps * kBufferWords;
+  T* weights = reinterpret_cast<T*>(scales + 2 * filters);
   T* slab = weights + static_cast<int>(p.r) * blocks.run * filters * 16;
   const int first_filter = static_cast<int>(blockIdx.y) * filters, pixels = tile.rows * tile.columns;
   fill_weights(p, blocks, weight, first_filter, weights);
+  fill_scales(epilogue, first_filter, filters, static_cast<int>(p.k), scales);
   const int own_filter = warp % blocks.filter_groups * kWarpFilters;
   const int own_pixel = warp / blocks.filter_groups * kWarpPixels;
   int base[2 * kRowTiles];
@@ -119,7 +122,8 @@ __global__ void __launch_bounds__(kStemThreads, 2) stem_mma(ConvProblem p, StemT
     const int row = static_cast<int>(tile.by_columns.divide_keep_rest(q));
     base[i] = row * static_cast<int>(p.stride.h) * blocks.row_pixels + static_cast<int>(q * p.stride.w) + lane % 4;
   }
-  const int rows = static_cast<int>(p.p()), columns = static_cast<int>(p.q()), plane = rows * columns;
+  const int rows = static_cast<int>(p.p()), columns = static_cast<int>(p.q()), all_filters = static_cast<int>(p.k);
+  const bool lanes_are_pixels = p.layout == Layout::nchw;
   for (int done = 0; done < blocks.tiles_per_block; ++done) {
     const int64_t index = int64_t{blockIdx.x} * blocks.tiles_per_block + done;
     if (index >= blocks.tiles) break;
@@ -129,6 +133,7 @@ __global__ void __launch_bounds__(kStemThreads, 2) stem_mma(ConvProblem p, StemT
     __syncthreads();  // the last tile's slab is no longer read
     fill_pixels(p, tile, blocks, x + image * (p.c * p.h * p.w), row, column, slab);
     __syncthreads();
+    const int64_t image_at = image * (p.k * (rows * columns));
     float sum[kRowTiles][kColumnTiles][4] = {};
     multiply(p, blocks, slab, weights + (own_filter * 4 + lane) * 4, base, sum);
 #pragma unroll
@@ -142,18 +147,18 @@ __global__ void __launch_bounds__(kStemThreads, 2) stem_mma(ConvProblem p, StemT
           for (int i = 0; i < 4; ++i)
             buffer[(m * 16 + i / 2 * 8 + lane / 4) * 33 + n * 8 + lane % 4 * 2 + i % 2] = sum[half_tile * 2 + m][n][i];
       __syncwarp();
-#pragma unroll 4
+#pragma unroll 2
       for (int i = 0; i < 32; ++i) {  // lanes are neighbours in memory: pixels in NCHW, filters in NHWC
-        const int pixel = p.layout == Layout::nchw ? lane : i, filter = p.layout == Layout::nchw ? i : lane;
+        const int pixel = lanes_are_pixels ? lane : i, filter = lanes_are_pixels ? i : lane;
         uint32_t q = own_pixel + half_tile * 32 + pixel;
-        const bool inside = static_cast<int>(q) < pixels;
+        const bool in_tile = static_cast<int>(q) < pixels;
         const int at_row = row + static_cast<int>(tile.by_columns.divide_keep_rest(q));
-        const int at_column = column + static_cast<int>(q), k = first_filter + own_filter + filter;
-        if (!inside || at_row >= rows || at_column >= columns || k >= p.k) continue;
-        const int at = at_row * columns + at_column;
-        const int64_t to =
-            image * (p.k * plane) + (p.layout == Layout::nchw ? k * plane + at : at * static_cast<int>(p.k) + k);
-        y[to] = finish<T>(epilogue, buffer[pixel * 33 + filter], k, to);
+        const int at_column = column + static_cast<int>(q), own = own_filter + filter;
+        if (in_tile && at_row < rows && at_column < columns && first_filter + own < all_filters) {
+          const int64_t to = image_at + (at_row * columns + at_column) * output.pixel_stride +
+                             (first_filter + own) * output.filter_stride;
+          y[to] = output.finish<T>(buffer[pixel * 33 + filter], scales[own], scales[filters + own], to);
+        }
       }
     }
   }
@@ -180,11 +185,12 @@ void launch_stem_mma_forward(const ConvProblem& p, const void* x, const void* we
   const int64_t wanted = ceil_div(4 * int64_t{device_properties().sm_count}, blocks.filter_tiles);
   blocks.tiles_per_block = static_cast<int>(std::clamp<int64_t>(blocks.tiles / wanted, 1, 16));
   const dim3 grid(blocks_for(blocks.tiles, blocks.tiles_per_block), static_cast<unsigned>(blocks.filter_tiles));
-  const size_t shared = kWarps * kBufferWords * sizeof(float) + blocks.weight_bytes(p) + blocks.slab_bytes(tile);
+  const size_t shared =
+      (kWarps * kBufferWords + 2 * blocks.filters()) * sizeof(float) + blocks.weight_bytes(p) + blocks.slab_bytes(tile);
   const auto run = [&](auto element) {
     using T = decltype(element);
     launch(FASTCONV_KERNEL(stem_mma<T>), grid, kStemThreads, shared, stream, p, tile, blocks, static_cast<const T*>(x),
-           static_cast<const T*>(weight), static_cast<T*>(y), epilogue);
+           static_cast<const T*>(weight), static_cast<T*>(y), epilogue, StemEpilogue(p, epilogue));
   };
   if (p.dtype == DType::f16) run(half{});
   else run(bfloat16{});
