@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from emulator_library import ConvProblem, DType, Library
+from reference import Conv, Results, allowances, assert_within, results_by_torch
 from torch import Tensor
 
-from emulator_library import ConvProblem, DType, Library
 from fastconv.ops import conv2d as ops
-from reference import Conv, Results, allowances, assert_within, results_by_torch
 
 GUARD_BYTES = 256
 NAN = float("nan")
@@ -178,7 +178,9 @@ def check_epilogue(library: Library, algo: str, problem: Conv, activation: str, 
             terms = [sums * times, *(values.double() for values in (shift, residual) if values is not None)]
             expected = ACTIVATIONS[activation](sum(terms[1:], start=terms[0]))
             # float32 rounds once per step; the result is stored once. No activation is steeper than 1.
-            rounding = 4 * torch.finfo(torch.float32).eps * sum((term.abs() for term in terms[1:]), start=terms[0].abs())
+            rounding = (
+                4 * torch.finfo(torch.float32).eps * sum((term.abs() for term in terms[1:]), start=terms[0].abs())
+            )
             allowed = allowed_sums * times.abs() + rounding + torch.finfo(dtype).eps * (expected.abs() + 1e-6)
             assert_within(y, expected, allowed, f"{activation} after {parts} in {numbers}")
 

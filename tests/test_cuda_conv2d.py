@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-
 from cuda_convolutions import (
     ACTIVATIONS,
     CudaEpilogue,
@@ -118,7 +117,9 @@ def test_no_races(channels_last: bool) -> None:
     checked = build(SOURCES, "checked")
     for timing in Timing:
         with configured(checked, timing=timing, check_races=True):
-            run = CudaRun(Conv(n=1, c_per_group=2, k_per_group=2, size=(4, 5), kernel=(2, 2), integers=True), channels_last)
+            run = CudaRun(
+                Conv(n=1, c_per_group=2, k_per_group=2, size=(4, 5), kernel=(2, 2), integers=True), channels_last
+            )
             assert_matches(run, run.results(checked, "direct"))
             workspace, result = torch.empty(4096 * 66), torch.full((66,), float("nan"))
             grad = torch.ones(2, 66, 3, 3)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from cuda_convolutions import ACTIVATIONS, CudaRun, assert_matches, check_epilogue, configured
 from emulator_library import Library, Timing, build
 from reference import Conv
 
-SOURCES = [f"csrc/depthwise/cuda_{name}.cu" for name in ("launch", "planes", "channels", "weight_grad_planes", "weight_grad_channels")]
+KERNELS = ("launch", "planes", "channels", "weight_grad_planes", "weight_grad_channels")
+SOURCES = [f"csrc/depthwise/cuda_{name}.cu" for name in KERNELS]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 
@@ -44,11 +44,21 @@ def check(library: Library, problem: Conv, channels_last: bool, offset: int = 0)
 
 
 # MobileNet-v2's maps, with fewer channels: (channels, size, stride).
-LECTURE = [(8, 112, 1), (8, 112, 2), (12, 56, 1), (12, 56, 2), (24, 28, 1), (24, 28, 2), (40, 14, 1), (72, 14, 2), (160, 7, 1)]
+LECTURE = [
+    (8, 112, 1),
+    (8, 112, 2),
+    (12, 56, 1),
+    (12, 56, 2),
+    (24, 28, 1),
+    (24, 28, 2),
+    (40, 14, 1),
+    (72, 14, 2),
+    (160, 7, 1),
+]
 
 
 @LAYOUTS
-@pytest.mark.parametrize("channels, size, stride", LECTURE)
+@pytest.mark.parametrize(("channels", "size", "stride"), LECTURE)
 def test_layers_of_mobilenet(library: Library, channels: int, size: int, stride: int, channels_last: bool) -> None:
     dtype = DTYPES[(size // 7 + stride) % 3]
     check(library, depthwise(channels, (size, size), 3, stride, n=2, dtype=dtype, integers=True), channels_last)

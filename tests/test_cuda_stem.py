@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from cuda_convolutions import ACTIVATIONS, CudaRun, assert_matches, check_epilogue, configured
 from emulator_library import Library, Timing, build
 from reference import Conv

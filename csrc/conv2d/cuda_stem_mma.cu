@@ -81,7 +81,9 @@ __device__ __forceinline__ void multiply(const ConvProblem& p, const StemMmaBloc
   const int place = threadIdx.x % 4, filters = blocks.filter_groups * kWarpFilters;
   const uint2* pixels = reinterpret_cast<const uint2*>(slab);
   const uint2* taps = reinterpret_cast<const uint2*>(weights);  // at the lane's filter and place
+#pragma unroll 1                                                // unrolled, it needs more registers than there are
   for (int r = 0; r < static_cast<int>(p.r); ++r) {
+#pragma unroll 1
     for (int step = 0; step < blocks.run; ++step, taps += filters * 4) {
       const bool inside = step * 4 + place < static_cast<int>(p.s);
       const uint2* from = pixels + r * blocks.row_pixels + step * 4;
