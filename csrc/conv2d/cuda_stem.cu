@@ -4,7 +4,6 @@
 // has 8 filters and 256 pixels, a thread 8 filters x 8 pixels in registers: for each tap it loads 8 inputs (one word
 // each, neighbouring lanes at neighbouring words) and 8 weights (two 16-byte loads, the same for the whole warp) for 64
 // multiply-adds.
-#include "conv2d/cuda_epilogue.cuh"
 #include "conv2d/cuda_stem.cuh"
 #include "conv2d/cuda_stem_refuse.h"
 #include "cuda_support/launch.h"
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
       for (int f = 0; f < kFilters; ++f)
         if (inside && f < filters_left) {
           const int64_t to = at + f * output.filter_stride;
-          y[to] = output.finish<T>(sum[j][f], scales[own_filter + f], scales[filters + own_filter + f], to);
+          y[to] = output.finish<T>(sum[j][f] * scales[own_filter + f] + scales[filters + own_filter + f], to);
         }
     }
   }

@@ -7,9 +7,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
-#include "conv2d/cuda_epilogue.cuh"
+#include "conv2d/cuda_flat_epilogue.cuh"
 #include "cuda_support/describe.h"
 #include "cuda_support/device.h"
 #include "cuda_support/dtype.h"
@@ -126,30 +125,13 @@ __device__ __forceinline__ void fill_slab(const ConvProblem& p, const StemTile& 
   }
 }
 
-/// The epilogue with as few branches as possible: the compiler copies a loop for every combination of branches that do
-/// not change in it, and finish() has 7 of them (minutes of compilation). Scale and shift are in a table in shared
-/// memory, ReLU and ReLU6 are a clamp, the layout is two strides.
-struct StemEpilogue {
-  const void* residual = nullptr;
-  float lowest = -INFINITY, highest = INFINITY;
-  bool is_tanh = false;
+/// Scale and shift are in a table in shared memory, the layout is two strides.
+struct StemEpilogue : FlatEpilogue {
   int filter_stride = 1, pixel_stride = 1;
 
-  StemEpilogue(const ConvProblem& p, const CudaEpilogue& epilogue)
-      : residual(epilogue.residual), is_tanh(epilogue.activation == Activation::tanh) {
-    if (epilogue.activation == Activation::relu || epilogue.activation == Activation::relu6) lowest = 0;
-    if (epilogue.activation == Activation::relu6) highest = 6;
+  StemEpilogue(const ConvProblem& p, const CudaEpilogue& epilogue) : FlatEpilogue(epilogue) {
     const Strides4 strides = p.output_strides();
     filter_stride = static_cast<int>(strides.c), pixel_stride = static_cast<int>(strides.w);
-  }
-
-  /// NaN stays NaN.
-  template <class T>
-  __device__ __forceinline__ T finish(float sum, float scale, float shift, int64_t index) const {
-    float value = sum * scale + shift;
-    if (residual != nullptr) value += to_float(static_cast<const T*>(residual)[index]);
-    value = value < lowest ? lowest : value > highest ? highest : value;
-    return from_float<T>(is_tanh ? tanhf(value) : value);
   }
 };
 

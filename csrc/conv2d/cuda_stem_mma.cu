@@ -11,7 +11,6 @@
 //
 // A program is 8 warps of 64 pixels x 32 filters. Results go through shared memory, a warp's 32 x 32 at a time, so that
 // a warp writes 64 contiguous bytes in either layout.
-#include "conv2d/cuda_epilogue.cuh"
 #include "conv2d/cuda_stem.cuh"
 #include "conv2d/cuda_stem_refuse.h"
 #include "cuda_support/launch.h"
@@ -23,8 +22,8 @@ namespace {
 
 constexpr int kWarpPixels = 64, kWarpFilters = 32, kWarps = kStemThreads / 32;
 constexpr int kRowTiles = kWarpPixels / 16, kColumnTiles = kWarpFilters / 8;
-constexpr int kBufferWords = 32 * 33;  // of a warp: 32 x 32 results, and a word per row against bank conflicts
-constexpr int64_t kSlabBytes = 32 << 10;
+constexpr int kBufferWords = 32 * 33;     // of a warp: 32 x 32 results, and a word per row against bank conflicts
+constexpr int64_t kSlabBytes = 24 << 10;  // at most twice that here, where pixels have 4 channels
 
 struct StemMmaBlocks {
   int filter_groups = 1, filter_tiles = 1;  // of 32 filters, in a block; of blocks
@@ -159,7 +158,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
         if (in_tile && at_row < rows && at_column < columns && first_filter + own < all_filters) {
           const int64_t to = image_at + (at_row * columns + at_column) * output.pixel_stride +
                              (first_filter + own) * output.filter_stride;
-          y[to] = output.finish<T>(buffer[pixel * 33 + filter], scales[own], scales[filters + own], to);
+          y[to] = output.finish<T>(buffer[pixel * 33 + filter] * scales[own] + scales[filters + own], to);
         }
       }
     }

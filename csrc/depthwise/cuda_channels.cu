@@ -38,26 +38,26 @@ __device__ __forceinline__ void load_weights(TapRegisters<Shape>& to, const floa
 
 /// sum + shift + residual, activated, for the vector at `index` of the output; the scale is in the weights.
 template <class T, int kV>
-__device__ __forceinline__ Vector<T, kV> finish_vector(const CudaEpilogue& epilogue, const float* shifts,
+__device__ __forceinline__ Vector<T, kV> finish_vector(const FlatEpilogue& output, const float* shifts,
                                                        const float (&sum)[kV], int64_t index) {
   const Vector<float, kV> shift = load_vector<kV>(shifts);
   float result[kV];
 #pragma unroll
   for (int v = 0; v < kV; ++v) result[v] = sum[v] + shift[v];
-  if (epilogue.residual != nullptr) {
-    const Vector<T, kV> residual = load_vector<kV>(static_cast<const T*>(epilogue.residual) + index);
+  if (output.residual != nullptr) {
+    const Vector<T, kV> residual = load_vector<kV>(static_cast<const T*>(output.residual) + index);
 #pragma unroll
     for (int v = 0; v < kV; ++v) result[v] += to_float(residual[v]);
   }
 #pragma unroll
-  for (int v = 0; v < kV; ++v) result[v] = activate(result[v], epilogue.activation);
+  for (int v = 0; v < kV; ++v) result[v] = output.activate(result[v]);
   return from_float<T>(result);
 }
 
 template <class T, int kWindow, int kStride, int kV>
 __global__ void __launch_bounds__(kChannelThreads, channel_blocks_per_sm(kWindow))
-    channels_forward(DepthwisePass pass, ChannelBlocks blocks, const T* x, const T* weight, T* y,
-                     CudaEpilogue epilogue) {
+    channels_forward(DepthwisePass pass, ChannelBlocks blocks, const T* x, const T* weight, T* y, CudaEpilogue epilogue,
+                     FlatEpilogue output) {
   using Shape = SlideShape<kWindow, kStride, kV, channel_columns(kWindow, kStride)>;
   FASTCONV_DYNAMIC_SHARED(shared);
   float* table = reinterpret_cast<float*>(shared);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kChannelThreads, channel_blocks_per_sm(kWindow
       for (int q = 0; q < Shape::kColumns; ++q) {
         if (column + q >= pass.w.out) continue;
         const int64_t at = image_at + (p * pass.w.out + column + q) * channels;
-        store_vector(y + at, finish_vector<T, kV>(epilogue, table + Shape::kTaps * width, sum[q], at));
+        store_vector(y + at, finish_vector<T, kV>(output, table + Shape::kTaps * width, sum[q], at));
       }
     });
   }
@@ -140,10 +140,10 @@ void run_vectors(const DepthwisePass& pass, const T* x, const T* weight, T* y, c
            blocks, x, weight, y);
   else if (pass.step == 1)
     launch(FASTCONV_KERNEL(channels_forward<T, kWindow, 1, kV>), blocks.grid(), blocks.block(), shared, stream, pass,
-           blocks, x, weight, y, epilogue);
+           blocks, x, weight, y, epilogue, FlatEpilogue(epilogue));
   else
     launch(FASTCONV_KERNEL(channels_forward<T, kWindow, 2, kV>), blocks.grid(), blocks.block(), shared, stream, pass,
-           blocks, x, weight, y, epilogue);
+           blocks, x, weight, y, epilogue, FlatEpilogue(epilogue));
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "conv2d/cuda_epilogue.cuh"
+#include "conv2d/cuda_flat_epilogue.cuh"
 #include "cuda_support/describe.h"
 #include "cuda_support/fast_divide.h"
 #include "depthwise/cuda_refuse.h"

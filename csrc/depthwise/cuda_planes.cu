@@ -32,18 +32,10 @@ __device__ __forceinline__ void store_pair(T* row, int column, int width, bool p
   if (column + 1 < width) row[column + 1] = right;
 }
 
-/// sum + shift + residual, activated; the scale is in the weights.
-template <class T>
-__device__ __forceinline__ T finish_sum(const CudaEpilogue& epilogue, float sum, float shift, int64_t index) {
-  sum += shift;
-  if (epilogue.residual != nullptr) sum += to_float(static_cast<const T*>(epilogue.residual)[index]);
-  return from_float<T>(activate(sum, epilogue.activation));
-}
-
 template <class T, int kWindow, int kStride>
 __global__ void __launch_bounds__(kPlaneThreads)
     planes_forward(DepthwisePass pass, PlaneBlocks blocks, bool pairs, const T* x, const T* weight, T* y,
-                   CudaEpilogue epilogue) {
+                   CudaEpilogue epilogue, FlatEpilogue output) {
   using Shape = SlideShape<kWindow, kStride, 1>;
   FASTCONV_DYNAMIC_SHARED(shared);
   const PlaneRange range(blocks, pass);
@@ -65,8 +57,8 @@ __global__ void __launch_bounds__(kPlaneThreads)
     const int64_t plane_at = (range.first_plane + item.plane) * (int64_t{pass.h.out} * pass.w.out);
     slide_forward<T, Shape>(taps, item.first, item.last, pass.h.pad, read, [&](int p, const auto& sum) {
       const int64_t at = plane_at + p * pass.w.out;
-      const T left = finish_sum<T>(epilogue, sum[0][0], shift, at + column);
-      const T right = finish_sum<T>(epilogue, sum[1][0], shift, at + min(column + 1, pass.w.out - 1));
+      const T left = output.finish<T>(sum[0][0] + shift, at + column);
+      const T right = output.finish<T>(sum[1][0] + shift, at + min(column + 1, pass.w.out - 1));
       store_pair(y + at, column, pass.w.out, pairs, left, right);
     });
   }
@@ -125,10 +117,10 @@ void run_planes(const DepthwisePass& pass, const void* x, const void* weight, vo
                blocks, pairs, from, filters, to);
       else if (pass.step == 1)
         launch(FASTCONV_KERNEL(planes_forward<T, kWindow, 1>), blocks.grid(), kPlaneThreads, shared, stream, pass,
-               blocks, pairs, from, filters, to, epilogue);
+               blocks, pairs, from, filters, to, epilogue, FlatEpilogue(epilogue));
       else
         launch(FASTCONV_KERNEL(planes_forward<T, kWindow, 2>), blocks.grid(), kPlaneThreads, shared, stream, pass,
-               blocks, pairs, from, filters, to, epilogue);
+               blocks, pairs, from, filters, to, epilogue, FlatEpilogue(epilogue));
     });
   });
 }
