@@ -1,0 +1,194 @@
+"""Runs the CUDA convolution kernels in the emulator on the problems of ``reference.py``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from emulator_library import ConvProblem, DType, Library
+from reference import Conv, Results, allowances, assert_within, results_by_torch
+from torch import Tensor
+
+from fastconv.ops import conv2d as ops
+
+GUARD_BYTES = 256
+NAN = float("nan")
+
+
+class ChannelNumbers(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
+
+
+class CudaEpilogue(ctypes.Structure):
+    """csrc/conv2d/cuda_epilogue.cuh; the tensors must outlive it."""
+
+    _fields_ = [
+        ("scale", ChannelNumbers),
+        ("shift", ChannelNumbers),
+        ("residual", ctypes.c_void_p),
+        ("activation", ctypes.c_int32),
+    ]
+
+    @classmethod
+    def of(
+        cls,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str = "none",
+    ) -> CudaEpilogue:
+        def numbers(values: Tensor | None) -> ChannelNumbers:
+            if values is None:
+                return ChannelNumbers(None, 0)
+            return ChannelNumbers(values.data_ptr(), DType[str(values.dtype).removeprefix("torch.")])
+
+        pointer = None if residual is None else residual.data_ptr()
+        return cls(numbers(scale), numbers(shift), pointer, ("none", "relu", "relu6", "tanh").index(activation))
+
+
+def placed(values: Tensor, offset: int) -> Tensor:
+    """A copy with the same strides, `offset` elements past an address aligned to 256 bytes, amid NaN."""
+    guard = GUARD_BYTES // values.element_size()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
+    buffer = torch.full((extent + 3 * guard + offset,), NAN, dtype=values.dtype)
+    start = guard + (-buffer.data_ptr() % GUARD_BYTES) // values.element_size() + offset
+    return buffer.as_strided(values.shape, values.stride(), start).copy_(values)
+
+
+def assert_guarded(view: Tensor) -> None:
+    """Nothing was written beside a tensor that `placed` made."""
+    buffer = torch.tensor([], dtype=view.dtype).set_(view.untyped_storage())
+    first = view.storage_offset()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+    outside = torch.cat([buffer[:first], buffer[first + extent :]])
+    assert outside.isnan().all(), "elements beside the tensor were written"
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool, offset: int = 0) -> Tensor:
+    """A tensor of NaN amid NaN."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return placed(torch.full(shape, NAN, dtype=dtype).to(memory_format=layout), offset)
+
+
+@dataclass
+class CudaRun:
+    """A problem on its way through one family of kernels."""
+
+    problem: Conv
+    channels_last: bool = False
+    offset: int = 0  # of all tensors, in elements from an aligned address
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.problem = replace(self.problem, bias=False)  # a bias belongs to the epilogue
+        x, weight, _, grad = self.problem.tensors()
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        for name, values in (("x", x), ("weight", weight), ("grad", grad)):
+            self.tensors[name] = placed(values.contiguous().clone(memory_format=layout), self.offset)
+        stride, padding, dilation, groups = self.problem.params
+        self.described = ConvProblem.of(self.tensors["x"], weight, stride, padding, dilation, groups)
+        self.described.layout = int(self.channels_last)  # torch cannot tell the layout of 1 channel or of 1x1 maps
+
+    def output(self, name: str) -> Tensor:
+        return empty(self.tensors[name].shape, self.problem.dtype, self.channels_last, self.offset)
+
+    def forward(self, library: Library, algo: str, epilogue: CudaEpilogue | None = None) -> Tensor:
+        y = self.output("grad")
+        arguments = (self.described, self.tensors["x"], self.tensors["weight"], y, epilogue or CudaEpilogue.of())
+        library.call("conv2d", algo, *arguments)
+        assert_guarded(y)
+        return y
+
+    def input_grad(self, library: Library, algo: str) -> Tensor:
+        grad_x = self.output("x")
+        library.call("conv2d_input_grad", algo, self.described, self.tensors["grad"], self.tensors["weight"], grad_x)
+        assert_guarded(grad_x)
+        return grad_x
+
+    def weight_grad(self, library: Library, algo: str) -> Tensor:
+        grad_weight = self.output("weight")
+        arguments: list[Tensor | ConvProblem] = [self.described, self.tensors["grad"], self.tensors["x"], grad_weight]
+        workspace = None
+        if ("conv2d_weight_grad_workspace", algo) in library.signatures:
+            floats = torch.full((1,), -1, dtype=torch.int64)
+            library.call("conv2d_weight_grad_workspace", algo, self.described, floats)
+            workspace = placed(torch.full((int(floats),), NAN), 0)
+            arguments.append(workspace)
+        library.call("conv2d_weight_grad", algo, *arguments)
+        assert_guarded(grad_weight)
+        if workspace is not None:
+            assert_guarded(workspace)
+        return grad_weight
+
+    def results(self, library: Library, algo: str) -> Results:
+        return {
+            "output": self.forward(library, algo),
+            "input": self.input_grad(library, algo),
+            "weight": self.weight_grad(library, algo),
+        }
+
+    def results_by_cpu(self) -> Results:
+        """What fastconv's CPU ops give."""
+        x, weight, grad = (self.tensors[name] for name in ("x", "weight", "grad"))
+        params = self.problem.params
+        return {
+            "output": ops.conv2d(x, weight, None, *params, None),
+            "input": ops.conv2d_input_grad(grad, weight, x.shape[2:], *params, None),
+            "weight": ops.conv2d_weight_grad(grad, x, weight.shape[2:], *params, None),
+        }
+
+
+def assert_matches(run: CudaRun, results: Results) -> None:
+    """Integers: equal to the CPU kernels' results. Others: as close to float64's as `allowances` says."""
+    problem = run.problem
+    if problem.integers:
+        expected = run.results_by_cpu()
+        for name, result in results.items():
+            assert torch.equal(result, expected[name]), f"{name} of {problem} is not exact"
+        return
+    exact, allowed = results_by_torch(problem, torch.float64), allowances(problem)
+    for name, result in results.items():
+        assert_within(result, exact[name], allowed[name], f"{name} of {problem}")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda values: values,
+    "relu": torch.relu,
+    "relu6": torch.nn.functional.relu6,
+    "tanh": torch.tanh,
+}
+
+
+def check_epilogue(library: Library, algo: str, problem: Conv, activation: str, channels_last: bool) -> None:
+    """activation(scale * sum + shift + residual), with every part alone and all together."""
+    run = CudaRun(problem, channels_last)
+    sums, dtype = results_by_torch(run.problem, torch.float64)["output"], problem.dtype
+    allowed_sums = allowances(run.problem)["output"]
+    per_channel = (sums.shape[1], 1, 1)
+    for parts in ("scale", "shift", "residual", "scale shift residual"):
+        for numbers in (torch.float32, dtype, torch.float64):
+            scale = torch.randn(per_channel).to(numbers) if "scale" in parts else None
+            shift = torch.randn(per_channel).to(numbers) if "shift" in parts else None
+            residual = run.output("grad").copy_(torch.randn(sums.shape)) if "residual" in parts else None
+            y = run.forward(library, algo, CudaEpilogue.of(scale, shift, residual, activation))
+            times = torch.ones(per_channel, dtype=torch.float64) if scale is None else scale.double()
+            terms = [sums * times, *(values.double() for values in (shift, residual) if values is not None)]
+            expected = ACTIVATIONS[activation](sum(terms[1:], start=terms[0]))
+            # float32 rounds once per step; the result is stored once. No activation is steeper than 1.
+            rounding = (
+                4 * torch.finfo(torch.float32).eps * sum((term.abs() for term in terms[1:]), start=terms[0].abs())
+            )
+            allowed = allowed_sums * times.abs() + rounding + torch.finfo(dtype).eps * (expected.abs() + 1e-6)
+            assert_within(y, expected, allowed, f"{activation} after {parts} in {numbers}")
+
+
+@contextmanager
+def configured(library: Library, **options: object) -> Iterator[None]:
+    library.configure(**options)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        library.configure()
