@@ -18,7 +18,7 @@ BENCH_ARGS ?= --quick
 VENV := .venv/bin
 STAMP := .make
 RUN := $(VENV)/python
-CPP_SOURCES = $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+CPP_SOURCES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 SANITIZED := build/sanitized
 # CUDA kernels: each file for the architectures its instructions exist on, with PTX for later chips. What ptxas says of
 # registers and spills is kept beside the object; tests/test_cuda_binary.py reads it.
