@@ -23,16 +23,17 @@ struct FlatEpilogue {
   }
 
   /// NaN stays NaN.
-  __device__ __forceinline__ float activate(float value) const {
-    value = value < lowest ? lowest : value > highest ? highest : value;
-    return is_tanh ? tanhf(value) : value;
+  __device__ __forceinline__ float clamp(float value) const {
+    return value < lowest ? lowest : value > highest ? highest : value;
   }
 
   /// `value` is scaled and shifted.
   template <class T>
   __device__ __forceinline__ T finish(float value, int64_t index) const {
     if (residual != nullptr) value += to_float(static_cast<const T*>(residual)[index]);
-    return from_float<T>(activate(value));
+    value = clamp(value);
+    if (is_tanh) value = tanhf(value);
+    return from_float<T>(value);
   }
 };
 

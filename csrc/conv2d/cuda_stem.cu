@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
   for (int step = 0; step < blocks.tiles_per_block; ++step) {
     const int64_t index = int64_t{blockIdx.x} * blocks.tiles_per_block + step;
     if (index >= blocks.tiles) break;
-    const int64_t image = index / (tile.tiles_p * tile.tiles_q);
+    const int image = static_cast<int>(index / (tile.tiles_p * tile.tiles_q));
     const int in_image = static_cast<int>(index % (tile.tiles_p * tile.tiles_q));
     const int row = in_image / tile.tiles_q * tile.rows, column = in_image % tile.tiles_q * tile.columns;
     __syncthreads();  // the last tile's slab is no longer read

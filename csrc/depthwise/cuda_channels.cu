@@ -50,7 +50,11 @@ __device__ __forceinline__ Vector<T, kV> finish_vector(const FlatEpilogue& outpu
     for (int v = 0; v < kV; ++v) result[v] += to_float(residual[v]);
   }
 #pragma unroll
-  for (int v = 0; v < kV; ++v) result[v] = output.activate(result[v]);
+  for (int v = 0; v < kV; ++v) result[v] = output.clamp(result[v]);
+  if (output.is_tanh) {  // one branch for the vector
+#pragma unroll
+    for (int v = 0; v < kV; ++v) result[v] = tanhf(result[v]);
+  }
   return from_float<T>(result);
 }
 
