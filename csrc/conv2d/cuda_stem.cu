@@ -20,6 +20,7 @@ struct StemBlocks {
   int filter_groups = 1, filter_tiles = 1;  // of 8 filters, in a block; of blocks
   int tiles_per_block = 1;
   int64_t tiles = 0;
+  int rows = 0, columns = 0;  // of the output: read from the parameters, where they take no registers
 
   int filters() const { return filter_groups * kFilters; }
 };
@@ -50,7 +51,6 @@ __global__ void __launch_bounds__(kStemThreads, 2)
 #pragma unroll
   for (int j = 0; j < kPixels; ++j)
     base[j] = first_pixel + 32 * j < pixels ? pixel_offset(p, tile, first_pixel + 32 * j) : 0;
-  const int rows = static_cast<int>(p.p()), columns = static_cast<int>(p.q());
   for (int step = 0; step < blocks.tiles_per_block; ++step) {
     const int64_t index = int64_t{blockIdx.x} * blocks.tiles_per_block + step;
     if (index >= blocks.tiles) break;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
         for (int f = 0; f < kFilters; ++f) sum[j][f] = fmaf(f < 4 ? low[f] : high[f - 4], value, sum[j][f]);
       }
     }
-    const int64_t image_at = image * (p.k * (rows * columns));
+    const int64_t image_at = image * (p.k * (blocks.rows * blocks.columns));
     const int filters_left = min(kFilters, static_cast<int>(p.k) - first_filter - own_filter);
 #pragma unroll
     for (int j = 0; j < kPixels; ++j) {
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kStemThreads, 2)
       const bool in_tile = static_cast<int>(q) < pixels;
       const int at_row = row + static_cast<int>(tile.by_columns.divide_keep_rest(q));
       const int at_column = column + static_cast<int>(q);
-      const bool inside = in_tile && at_row < rows && at_column < columns;
-      const int64_t at = image_at + (at_row * columns + at_column) * output.pixel_stride +
+      const bool inside = in_tile && at_row < blocks.rows && at_column < blocks.columns;
+      const int64_t at = image_at + (at_row * blocks.columns + at_column) * output.pixel_stride +
                          (first_filter + own_filter) * output.filter_stride;
 #pragma unroll
       for (int f = 0; f < kFilters; ++f)
@@ -115,6 +115,7 @@ void launch_stem_forward(const ConvProblem& p, const void* x, const void* weight
     throw std::runtime_error("the CUDA stem kernel refuses " + describe(p) + ": " + reason +
                              "; the direct kernel serves any problem");
   StemBlocks blocks;
+  blocks.rows = static_cast<int>(p.p()), blocks.columns = static_cast<int>(p.q());
   blocks.filter_groups = choose_filter_groups(p);
   blocks.filter_tiles = static_cast<int>(ceil_div(p.k, blocks.filters()));
   const StemTile tile = choose_stem_tile(p, kWarps / blocks.filter_groups * 32 * kPixels, kSlabBytes);
