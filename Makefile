@@ -35,7 +35,7 @@ BUILD = $(RUN) setup.py --quiet build_ext --inplace | $(SHORT)
 SHORT := sed -uE 's|^(\[[0-9]+/[0-9]+\]) .* -c [^ ]*/(csrc/[^ ]+) -o .*|\1 \2|; /^g\+\+ .* -shared /d'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench emulate lint format cuda cuda-objects sanitize wheel-check clean
+.PHONY: help setup demo test bench emulate lint format cuda sanitize wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -69,9 +69,7 @@ format: $(STAMP)/venv  ## let the formatters rewrite the files
 	$(VENV)/clang-format -i $(CPP_SOURCES)
 
 cuda: $(STAMP)/nvcc  ## compile the CUDA kernels for sm_80 and sm_90a; needs no GPU and fetches nvcc if there is none
-	@$(MAKE) --no-print-directory -j "$$(getconf _NPROCESSORS_ONLN)" cuda-objects
-
-cuda-objects: $(CUDA_OBJECTS)
+	@$(MAKE) --silent --no-print-directory -j "$$(getconf _NPROCESSORS_ONLN)" $(CUDA_OBJECTS)
 
 build/cuda/%_sm90.o: csrc/%_sm90.cu $(STAMP)/nvcc
 	@$(call compile_cuda,$(SM90))
