@@ -67,6 +67,20 @@ def allow_empty(rule: Callable[..., Any]) -> Callable[..., Any]:
     return vmap
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """For the backward pass, and for the tangent if ``ctx`` is a Function's: that of torch.library has none."""
+    ctx.save_for_backward(*tensors)
+    if hasattr(ctx, "save_for_forward"):
+        ctx.save_for_forward(*tensors)
+
+
+def sum_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Their sum, where a missing one counts as zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
 def fold(tensor: Tensor, dim: int | None, into: int, size: int) -> Tensor:
     """Folds vmap's dimension ``dim`` (expanded to ``size`` if None) into axis ``into`` of the unbatched tensor."""
     batched = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

@@ -24,7 +24,9 @@ from fastconv.ops._autograd import (
     empty_like_format,
     fold,
     needs_function,
+    save,
     suggested_format,
+    sum_of,
     tracing,
 )
 
@@ -186,9 +188,7 @@ class Conv2dInputGrad(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         grad_output, weight, ctx.input_size, *ctx.params = inputs
-        ctx.save_for_backward(grad_output, weight)
-        if hasattr(ctx, "save_for_forward"):
-            ctx.save_for_forward(grad_output, weight)
+        save(ctx, grad_output, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -202,7 +202,7 @@ class Conv2dInputGrad(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, grad_t: Tensor | None, weight_t: Tensor | None, *_: Any) -> Any:
         grad_output, weight = ctx.saved_tensors
-        return _sum_of(
+        return sum_of(
             None if grad_t is None else conv2d_input_grad(grad_t, weight, ctx.input_size, *ctx.params),
             None if weight_t is None else conv2d_input_grad(grad_output, weight_t, ctx.input_size, *ctx.params),
         )
@@ -229,9 +229,7 @@ class Conv2dWeightGrad(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         grad_output, input, ctx.kernel_size, *ctx.params = inputs
-        ctx.save_for_backward(grad_output, input)
-        if hasattr(ctx, "save_for_forward"):
-            ctx.save_for_forward(grad_output, input)
+        save(ctx, grad_output, input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -245,7 +243,7 @@ class Conv2dWeightGrad(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, grad_t: Tensor | None, input_t: Tensor | None, *_: Any) -> Any:
         grad_output, input = ctx.saved_tensors
-        return _sum_of(
+        return sum_of(
             None if grad_t is None else conv2d_weight_grad(grad_t, input, ctx.kernel_size, *ctx.params),
             None if input_t is None else conv2d_weight_grad(grad_output, input_t, ctx.kernel_size, *ctx.params),
         )
@@ -283,12 +281,6 @@ class Conv2dBiasGrad(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, int]:
         folded = conv2d_bias_grad(fold(grad_output, in_dims[0], 1, info.batch_size))
         return folded.unflatten(0, (info.batch_size, -1)), 0
-
-
-def _sum_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
 
 
 for _name, _function in (

@@ -25,6 +25,7 @@ from fastconv.ops._autograd import (
     empty_like_format,
     fold,
     needs_function,
+    save,
     suggested_format,
     tracing,
 )
@@ -115,7 +116,7 @@ class MaxPool2dBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, offsets, ctx.input_size, *ctx.window = inputs
-        _save(ctx, offsets)
+        save(ctx, offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -144,7 +145,7 @@ class MaxPool2dGather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, offsets, *ctx.window = inputs
-        _save(ctx, offsets)
+        save(ctx, offsets)
         ctx.input_size = input.shape[2:]
 
     @staticmethod
@@ -163,12 +164,6 @@ class MaxPool2dGather(torch.autograd.Function):
         size = info.batch_size
         folded = fold(input, in_dims[0], 0, size), fold(offsets, in_dims[1], 0, size)
         return max_pool2d_gather(*folded, *window).unflatten(0, (size, -1)), 0
-
-
-def _save(ctx: Any, offsets: Tensor) -> None:
-    ctx.save_for_backward(offsets)
-    if hasattr(ctx, "save_for_forward"):
-        ctx.save_for_forward(offsets)
 
 
 def _max_pool2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -25,7 +25,9 @@ from fastconv.ops._autograd import (
     empty_like_format,
     fold,
     needs_function,
+    save,
     suggested_format,
+    sum_of,
     tracing,
 )
 
@@ -62,7 +64,7 @@ class LocalResponseNorm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, *ctx.params = inputs
-        _save(ctx, input)
+        save(ctx, input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -90,7 +92,7 @@ class LocalResponseNormJvp(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, tangent, *ctx.params = inputs
-        _save(ctx, input, tangent)
+        save(ctx, input, tangent)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -105,7 +107,7 @@ class LocalResponseNormJvp(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, input_t: Tensor | None, tangent_t: Tensor | None, *_: Any) -> Any:
         input, tangent = ctx.saved_tensors
-        return _sum_of(
+        return sum_of(
             None if input_t is None else _second_derivative(input, tangent, input_t, *ctx.params),
             None if tangent_t is None else local_response_norm_jvp(input, tangent_t, *ctx.params),
         )
@@ -127,7 +129,7 @@ class LocalResponseNormBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         grad_output, input, *ctx.params = inputs
-        _save(ctx, grad_output, input)
+        save(ctx, grad_output, input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -142,7 +144,7 @@ class LocalResponseNormBackward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, grad_t: Tensor | None, input_t: Tensor | None, *_: Any) -> Any:
         grad_output, input = ctx.saved_tensors
-        return _sum_of(
+        return sum_of(
             None if grad_t is None else local_response_norm_backward(grad_t, input, *ctx.params),
             None if input_t is None else _hessian_product(input_t, grad_output, input, *ctx.params),
         )
@@ -153,18 +155,6 @@ class LocalResponseNormBackward(torch.autograd.Function):
         size = info.batch_size
         folded = fold(grad_output, in_dims[0], 0, size), fold(input, in_dims[1], 0, size)
         return local_response_norm_backward(*folded, *params).unflatten(0, (size, -1)), 0
-
-
-def _save(ctx: Any, *tensors: Tensor) -> None:
-    ctx.save_for_backward(*tensors)
-    if hasattr(ctx, "save_for_forward"):  # a Function's context, not that of torch.library
-        ctx.save_for_forward(*tensors)
-
-
-def _sum_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
 
 
 # ---------------------------------------------------------------- second derivatives, in torch's operations
