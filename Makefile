@@ -35,7 +35,7 @@ BUILD = $(RUN) setup.py --quiet build_ext --inplace | $(SHORT)
 SHORT := sed -uE 's|^(\[[0-9]+/[0-9]+\]) .* -c [^ ]*/(csrc/[^ ]+) -o .*|\1 \2|; /^g\+\+ .* -shared /d'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench emulate lint format cuda sanitize wheel-check clean
+.PHONY: help setup demo test bench emulate emulated lint format cuda sanitize wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -55,7 +55,10 @@ bench: $(STAMP)/build  ## the lecture's layers against torch, as ratios
 # MAX_JOBS compilers at once. The Python tests compile the kernels and the emulator themselves, into build/emulator.
 emulate: $(STAMP)/build  ## every CUDA kernel on the CPU: results, races, planted bugs; needs no GPU and no CUDA
 	PYTHONPATH=tests $(RUN) -m pytest -n 2 -p emulator_report \
-	    $(wildcard tests/test_cuda_*.py tests/test_emulator*.py) $(PYTEST_ARGS)
+	    $(wildcard tests/test_cuda_*.py tests/test_emulat*.py) $(PYTEST_ARGS)
+
+emulated: $(STAMP)/build  ## the library behind FASTCONV_EMULATE=1: CUDA kernels on CPU tensors, for study; KIND=debug for gdb
+	$(RUN) tests/emulator_library.py $(KIND)
 
 lint: $(STAMP)/venv  ## ruff, mypy --strict, clang-format; changes nothing
 	$(VENV)/ruff check .

@@ -12,6 +12,9 @@ Kinds of library:
 * ``checked``: every load and store of the kernels is seen by the race checks (``Options.check_races``).
 * ``address``: AddressSanitizer and UBSan; the process must have started with libasan preloaded.
 * ``ucontext``: plain, with the context switch of machines other than x86-64.
+* ``debug``: plain, not optimised; for gdb.
+
+As a script it builds the library behind ``FASTCONV_EMULATE=1``: ``python tests/emulator_library.py [KIND]``.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,6 +76,7 @@ KINDS = {
     "checked": Kind(("-O1", "-fsanitize=thread")),
     "address": Kind(("-O1", *SANITIZERS), ("-O1", *SANITIZERS), ("-fsanitize=address,undefined",)),
     "ucontext": Kind(("-O2",), fiber_flags=("-DFASTCONV_EMULATOR_UCONTEXT",)),
+    "debug": Kind(("-Og",)),
 }
 
 
@@ -133,39 +138,51 @@ def declared_launchers() -> dict[tuple[str, str], Path]:
     }
 
 
-def build_ops(sources: Iterable[str | Path]) -> Path:
+HOST_SOURCES = ["csrc/ops.cpp", "csrc/common/checks.cpp", "csrc/cuda_support/registry.cpp"]
+
+
+def build_ops(sources: Iterable[str | Path] | None = None, kind: str = "plain") -> Path:
     """A library of torch ops over emulated kernels: `.cu` files and host functions (``csrc/cuda_support/host.h``).
 
     Load it with ``torch.ops.load_library``; its ops are in ``torch.ops.fastconv_emulated`` and take CPU tensors.
+    Without ``sources`` it holds all ops of the package: ``FASTCONV_EMULATE=PATH`` then runs fastconv on it.
     """
-    host = [*sources, "csrc/common/checks.cpp"]
+    if sources is None:
+        sources = [*kernel_sources(), *HOST_SOURCES, *sorted(ROOT.glob("csrc/*/cuda.cpp"))]
+    return build_file(sources, kind, torch_ops=True)
+
+
+def _torch_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the compiler, for files that include torch's headers, and of the linker."""
     include = [f"-isystem{folder}" for folder in cpp_extension.include_paths("cpu")]
     libraries = cpp_extension.library_paths("cpu")
     links = [*(f"-L{folder}" for folder in libraries), *(f"-Wl,-rpath,{folder}" for folder in libraries)]
-    KINDS["ops"] = Kind(
-        ("-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", *include),
-        link_flags=(*links, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
+    return (
+        ("-DTORCH_TARGET_VERSION=0x020a000000000000", *include),
+        (*links, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
     )
-    return build_file(host, "ops")
 
 
-def build_file(sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[str] = ()) -> Path:
-    """``build`` without loading: the library's path."""
+def build_file(
+    sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[str] = (), torch_ops: bool = False
+) -> Path:
+    """``build`` without loading: the library's path. ``torch_ops``: `.cpp` files include torch's headers."""
     chosen = KINDS[kind]
+    torch_flags, link_flags = _torch_flags() if torch_ops else ((), ())
     kernels = sorted((ROOT / source).resolve() for source in sources)
     emulator = [path for path in sorted(EMULATOR.glob("*.cpp")) if kind == "checked" or path.stem != "plain_access"]
     root = ROOT / "build" / "emulator"
     kernel_flags = (*chosen.kernel_flags, *(f"-D{symbol}" for symbol in defines))
     jobs = [(source, chosen.emulator_flags) for source in emulator if source.stem != "fiber"]
     jobs += [(EMULATOR / "fiber.cpp", (*chosen.emulator_flags, *chosen.fiber_flags))]
-    jobs += [(source, kernel_flags) for source in kernels]
+    jobs += [(source, (*kernel_flags, *(torch_flags if source.suffix == ".cpp" else ()))) for source in kernels]
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist's workers build the same files
-        return _build_locked(jobs, root, kind)
+        return _build_locked(jobs, root, kind, (*chosen.link_flags, *link_flags))
 
 
-def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: str) -> Path:
+def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: str, link_flags: tuple[str, ...]) -> Path:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         objects = list(pool.map(lambda job: _compile(job[0], job[1], root), jobs))
     library = root / f"libfastconv_emulated_{kind}_{_digest(map(str, objects))}.so"
@@ -174,8 +191,8 @@ def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: st
         command = [
             os.environ.get("CXX", "g++"),
             "-shared",
-            *KINDS[kind].link_flags,
             *map(str, objects),
+            *link_flags,
             "-o",
             str(fresh),
         ]
@@ -364,3 +381,9 @@ def _as_c(word: str, argument: Argument) -> ctypes.Structure | ctypes._SimpleCDa
         return (ctypes.c_float if size == 4 else ctypes.c_double)(argument)
     sizes = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
     return sizes[size](int(argument))
+
+
+if __name__ == "__main__":
+    target = ROOT / "fastconv" / "_C_emulated.abi3.so"
+    shutil.copyfile(build_ops(kind=sys.argv[1] if len(sys.argv) > 1 else "plain"), target)
+    print(f"{target}: FASTCONV_EMULATE=1 runs fastconv on it")
