@@ -20,13 +20,6 @@ STAMP := .make
 RUN := $(VENV)/python
 CPP_SOURCES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 SANITIZED := build/sanitized
-# CUDA kernels: each file for the architectures its instructions exist on, with PTX for later chips. What ptxas says of
-# registers and spills is kept beside the object; tests/test_cuda_binary.py reads it.
-CUDA_SOURCES = $(shell find csrc -name 'cuda*.cu')
-CUDA_OBJECTS = $(CUDA_SOURCES:csrc/%.cu=build/cuda/%.o)
-NVCC_FLAGS := -std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -Icsrc
-SM80 := -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80
-SM90 := -gencode=arch=compute_90a,code=sm_90a
 # Each of the compiler's parts is a package of its own, and they must be of one release.
 CUDA_PACKAGES := $(foreach part,cuda-nvcc nvvm cuda-crt cuda-runtime cuda-cccl,"nvidia-$(part)==13.0.*")
 # Objects are kept under build/, where ninja finds what an edit touches. It prints whole command lines: the file's name
@@ -68,23 +61,8 @@ format: $(STAMP)/venv  ## let the formatters rewrite the files
 	$(VENV)/ruff format .
 	$(VENV)/clang-format -i $(CPP_SOURCES)
 
-cuda: $(STAMP)/nvcc  ## compile the CUDA kernels for sm_80 and sm_90a; needs no GPU and fetches nvcc if there is none
-	@$(MAKE) --silent --no-print-directory -j "$$(getconf _NPROCESSORS_ONLN)" $(CUDA_OBJECTS)
-
-build/cuda/%_sm90.o: csrc/%_sm90.cu $(STAMP)/nvcc
-	@$(call compile_cuda,$(SM90))
-
-build/cuda/%.o: csrc/%.cu $(STAMP)/nvcc
-	@$(call compile_cuda,$(SM80) $(SM90))
-
-# $(1): architectures. The log is shown only if it holds an error.
-define compile_cuda
-echo "nvcc $<"; mkdir -p $(@D); \
-$(STAMP)/cuda/bin/nvcc $(NVCC_FLAGS) $(1) -MD -MF $(@:.o=.d) -c $< -o $@ > $(@:.o=.ptxas) 2>&1 \
-    || { cat $(@:.o=.ptxas); rm -f $@; exit 1; }
-endef
-
--include $(CUDA_OBJECTS:.o=.d)
+cuda: $(STAMP)/nvcc  ## compile fastconv/_C_cuda for sm_80 and sm_90a; needs no GPU and fetches nvcc if there is none
+	@FASTCONV_CUDA=1 FASTCONV_ONLY=_C_cuda $(BUILD)
 
 # The instrumented library lives in a tree of its own, beside copies of the Python files and the tests: the one in
 # fastconv/ stays as it is. libstdc++ is preloaded as well, because ASan must find its __cxa_throw when it starts. Leaks
@@ -138,13 +116,10 @@ $(STAMP)/venv: pyproject.toml | $(STAMP)/machine
 	@$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench,demo,lint]"
 	@touch $@
 
-# A link to the CUDA toolkit: the machine's own, or NVIDIA's packages from PyPI.
+# The machine's own, or NVIDIA's packages from PyPI.
 $(STAMP)/nvcc: $(STAMP)/venv
-	@rm -f $(STAMP)/cuda
-	@if nvcc="$$(command -v nvcc)"; then ln -s "$$(dirname "$$(dirname "$$(readlink -f "$$nvcc")")")" $(STAMP)/cuda; else \
-	    echo "installing nvcc"; $(RUN) -m pip install --quiet $(CUDA_PACKAGES); \
-	    ln -s "$$($(RUN) -c 'import nvidia; print(list(nvidia.__path__)[0])')/cu13" $(STAMP)/cuda; fi
-	@$(STAMP)/cuda/bin/nvcc --version > $@
+	@$(RUN) build_tools/nvcc.py > /dev/null || { echo "installing nvcc"; $(RUN) -m pip install --quiet $(CUDA_PACKAGES); }
+	@$(RUN) build_tools/nvcc.py > $@
 
 $(STAMP)/build: setup.py $(CPP_SOURCES) $(STAMP)/venv
 	@$(BUILD)
