@@ -14,6 +14,10 @@ TORCH_VERSIONS ?= 2.13.0
 PYTEST_ARGS ?=
 # make bench BENCH_ARGS= measures every layer, which takes half an hour.
 BENCH_ARGS ?= --quick
+# make gpu-check PYTHON=python3 OUT=DIR GPU_CHECK=tests,bench GPU_CHECK_ARGS="--dtypes float16,float32 --minutes 10"
+OUT ?= out/gpu_check
+GPU_CHECK ?= tests,sanitize,bench
+GPU_CHECK_ARGS ?=
 
 VENV := .venv/bin
 STAMP := .make
@@ -28,7 +32,7 @@ BUILD = $(RUN) setup.py --quiet build_ext --inplace | $(SHORT)
 SHORT := sed -uE 's|^(\[[0-9]+/[0-9]+\]) .* -c [^ ]*/(csrc/[^ ]+) -o .*|\1 \2|; /^g\+\+ .* -shared /d'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench emulate lint format cuda sanitize wheel-check clean
+.PHONY: help setup demo test bench emulate lint format cuda gpu-check sanitize wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -63,6 +67,10 @@ format: $(STAMP)/venv  ## let the formatters rewrite the files
 
 cuda: $(STAMP)/nvcc  ## compile fastconv/_C_cuda for sm_80 and sm_90a; needs no GPU and fetches nvcc if there is none
 	@FASTCONV_CUDA=1 FASTCONV_ONLY=_C_cuda $(BUILD)
+
+# No stamp is asked for: that machine may have no network, so nothing is installed and PYTHON's own torch is used.
+gpu-check:  ## on a machine with a GPU: tests, compute-sanitizer, ratios against cuDNN, into OUT; fetches nothing
+	@$(PYTHON) -m benchmarks.gpu_check --out $(OUT) --parts $(GPU_CHECK) $(GPU_CHECK_ARGS)
 
 # The instrumented library lives in a tree of its own, beside copies of the Python files and the tests: the one in
 # fastconv/ stays as it is. libstdc++ is preloaded as well, because ASan must find its __cxa_throw when it starts. Leaks

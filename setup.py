@@ -231,7 +231,7 @@ def cuda_toolkit() -> nvcc.Toolkit:
         raise CompileError(
             "fastconv: FASTCONV_CUDA is 1, but there is no nvcc (looked in CUDA_HOME, PATH, /usr/local/cuda and among "
             "Python's packages). Install CUDA's compiler: 'make cuda' fetches it from PyPI (nvidia-cuda-nvcc, "
-            "nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime, nvidia-cuda-cccl, all of one release), or name a toolkit "
+            "nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime, nvidia-cuda-cccl, of one release), or name a toolkit "
             "in CUDA_HOME. FASTCONV_CUDA=0 builds without the CUDA kernels."
         )
     return toolkit
