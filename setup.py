@@ -218,7 +218,13 @@ def cuda_is_wanted() -> bool:
         import torch
     except ImportError:
         return False  # build_with_torch() says what to do
-    return torch.version.cuda is not None and nvcc.find_nvcc() is not None
+    if torch.version.cuda is None:
+        return False
+    try:
+        return nvcc.find_toolkit() is not None
+    except nvcc.ToolkitError as error:
+        print(f"fastconv: without the CUDA kernels, because {error}")  # nobody asked for them
+        return False
 
 
 def cuda_toolkit() -> nvcc.Toolkit:

@@ -31,6 +31,7 @@ TOOL_FOUND_ERRORS = 86  # compute-sanitizer's exit status, by our own wish
 GRACE_SECONDS = 20  # from the request to stop to the end of all processes
 BENCH_MARGIN = 40  # the bench part stops beginning cases that long before its time is up
 BENCH_COMMAND = [sys.executable, "-m", "benchmarks.gpu_bench"]
+NEEDED = "it needs g++, Python's headers, setuptools>=77, ninja, pybind11, for _C_cuda nvcc"
 TAIL = 4000  # characters of output that are kept
 
 FACTS = """
@@ -126,8 +127,8 @@ def prepare(seconds: float) -> Part:
         if ran.status != 0:
             reason = (
                 f"fastconv/{name} is not there for this Python ({sys.version.split()[0]}), and building it "
-                + ("took too long" if ran.status is None else "failed; the end of the output says what is missing")
-                + f". Build it beforehand: FASTCONV_ONLY={name} python setup.py build_ext --inplace"
+                + ("took too long" if ran.status is None else "failed")
+                + f" ({NEEDED}; the end of the output says what is missing). Build it beforehand: FASTCONV_ONLY={name} python setup.py build_ext --inplace"
             )
             return Part("failed", reason, time.monotonic() - start, output=ran.output[-TAIL:])
     ran = execute([sys.executable, "-c", USABLE], seconds - (time.monotonic() - start))

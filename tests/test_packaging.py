@@ -161,16 +161,22 @@ def test_cuda_kernels_without_nvcc_are_refused_with_the_remedy(monkeypatch):
 
 
 @pytest.mark.parametrize("wish", ["", "0", "1"])
-@pytest.mark.parametrize("nvcc", [None, Path("/usr/bin/nvcc")])
+@pytest.mark.parametrize("toolkit", ["none", "one", "too old"])
 @pytest.mark.parametrize("torchs_cuda", [None, "13.0"])
-def test_when_the_cuda_library_is_built(monkeypatch, wish, nvcc, torchs_cuda):
+def test_when_the_cuda_library_is_built(monkeypatch, wish, toolkit, torchs_cuda):
     module = load_setup_py()
+
+    def find_toolkit() -> object:
+        if toolkit == "too old":
+            raise module.nvcc.ToolkitError("nvcc is of CUDA 11.8")
+        return None if toolkit == "none" else toolkit
+
     monkeypatch.setenv("FASTCONV_CUDA", wish)
     monkeypatch.delenv("FASTCONV_ONLY", raising=False)
-    monkeypatch.setattr(module.nvcc, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(module.nvcc, "find_toolkit", find_toolkit)
     monkeypatch.setattr(torch.version, "cuda", torchs_cuda)
     everything = [module.OPERATORS, module.INTROSPECTION, module.CUDA]
-    wanted = wish == "1" or (wish == "" and nvcc is not None and torchs_cuda is not None)
+    wanted = wish == "1" or (wish == "" and toolkit == "one" and torchs_cuda is not None)
     assert module.wanted_extensions(everything) == (everything if wanted else everything[:2])
     monkeypatch.setenv("FASTCONV_ONLY", "_C")
     assert module.wanted_extensions(everything) == [module.INTROSPECTION]
