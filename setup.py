@@ -99,7 +99,7 @@ CUDA = Extension(
     "fastconv._C_cuda",
     sources(
         "csrc/common/checks.cpp",
-        "csrc/common/cuda_*.cpp",
+        "csrc/cuda_support/*.cpp",
         *(f"csrc/{family}/cuda*.cpp" for family in FAMILIES),
     ),
     include_dirs=[str(ROOT / "csrc")],

@@ -125,10 +125,11 @@ def prepare(seconds: float) -> Part:
         left = seconds - (time.monotonic() - start)
         ran = execute([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], left, environment)
         if ran.status != 0:
+            how = "took too long" if ran.status is None else "failed"
             reason = (
-                f"fastconv/{name} is not there for this Python ({sys.version.split()[0]}), and building it "
-                + ("took too long" if ran.status is None else "failed")
-                + f" ({NEEDED}; the end of the output says what is missing). Build it beforehand: FASTCONV_ONLY={name} python setup.py build_ext --inplace"
+                f"fastconv/{name} is not there for this Python ({sys.version.split()[0]}), and building it {how} "
+                f"({NEEDED}; the end of the output says what is missing). Build it beforehand: "
+                f"FASTCONV_ONLY={name} python setup.py build_ext --inplace"
             )
             return Part("failed", reason, time.monotonic() - start, output=ran.output[-TAIL:])
     ran = execute([sys.executable, "-c", USABLE], seconds - (time.monotonic() - start))
