@@ -33,11 +33,11 @@ ENTRY = re.compile(
 
 # Kept by CUDA builds of torch only; everything else must be there in any torch.
 CUDA_ONLY_SYMBOLS = {"aoti_torch_get_current_cuda_stream"}
-STABLE_ABI = re.compile(r"(aoti_torch|torch)_[a-z0-9_]+")
+STABLE_ABI = re.compile(r"(aoti_torch|torch)_\w+")
 # Of libc, libstdc++ and libgcc, which give their symbols versions; weak ones of the tool chain; standard C++ names
 # that the linker found in libtorch_cpu, which has copies without a version.
 SYSTEM = re.compile(
-    r"\w+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+|_ITM_(de)?registerTMCloneTable|__gmon_start__|_ZN[KOR]*St7__cxx11\w+"
+    r"\w+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+|_ITM_(de)?registerTMCloneTable|__gmon_start__|_Z(N[KOR]*)?St\w+"
 )
 
 FATBINARY_MAGIC = struct.pack("<I", 0xBA55ED50)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +145,62 @@ def test_results_are_saved_on_the_way_and_whole(tmp_path):
     text = (tmp_path / "bench.md").read_text()
     assert "### Geometric means, batch 128" in text
     assert "| 3x3 | 8->6 3x3 at 9 | forward | nchw | 128 | 1.00 |" in text
+
+
+@pytest.fixture
+def device_log(monkeypatch):
+    """The calls that reach torch.cuda, which here only writes them down."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 5.0  # milliseconds
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextmanager
+    def noted(name):
+        log.append(f"{name} begins")
+        yield
+        log.append(f"{name} ends")
+
+    side, main = (SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted("warm-up"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: noted("capture"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=100 << 20))
+    return log
+
+
+def test_the_cache_is_flushed_before_the_time_begins(device_log):
+    clock = measure.CudaClock(CPU)
+    assert clock.flush.numel() == 400 << 20  # larger than the cache
+    clock.flush = SimpleNamespace(zero_=lambda: device_log.append("flush"))
+    assert clock.seconds(lambda: device_log.append("call")) == 5e-3
+    assert device_log == ["flush", "record", "call", "record", "synchronize"]
+
+
+def test_a_graph_is_captured_after_a_warm_up_and_then_only_replayed(device_log):
+    replay = measure.replayed(lambda: device_log.append("call") or "result")
+    warm_up = ["warm-up begins", *["call"] * measure.PILOT_ROUNDS, "warm-up ends"]
+    assert device_log == [*warm_up, "capture begins", "call", "capture ends"]
+    device_log.clear()
+    assert replay() == "result"
+    assert device_log == ["replay"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
