@@ -233,7 +233,9 @@ def run_sanitize(folder: Path, seconds: float, dtypes: str) -> Part:
         part, ran = run_pytest(folder, f"sanitize-{tool}", "gpu and sanitize", seconds - whole.seconds, before)
         (folder / f"sanitize-{tool}.txt").write_text(ran.output)
         if ran.status == TOOL_FOUND_ERRORS:
-            part.status, part.reason = "failed", f"found errors: see sanitize-{tool}.txt"
+            # Also where pytest's own exit status was not 0, which is an error to it.
+            also = f" ({part.reason})" if part.failures else ""
+            part.status, part.reason = "failed", f"found errors: see sanitize-{tool}.txt{also}"
         whole.counts |= {f"{tool} {name}": number for name, number in part.counts.items()}
         whole.failures += part.failures
         whole.seconds += part.seconds

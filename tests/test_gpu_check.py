@@ -124,6 +124,17 @@ def test_without_the_sanitizer_its_part_is_skipped_with_a_reason(monkeypatch, tm
     assert "not installed" in part.reason
 
 
+def test_a_failed_test_is_told_from_what_the_sanitizer_finds(monkeypatch, tmp_path):
+    for failed, expected in [(0, "found errors: see"), (2, "found errors: see sanitize-memcheck.txt (2 tests failed)")]:
+        failures = [{"test": "test_x", "outcome": "failed", "text": ""}] * failed
+        part = Part("failed", "2 tests failed", failures=failures) if failed else Part("failed", "exit status 86")
+        monkeypatch.setattr(gpu_check, "run_pytest", lambda *_, part=part: (part, Ran(86, "", 1.0)))
+        monkeypatch.setattr(gpu_check, "sanitizer", lambda: "true")
+        whole = gpu_check.run_sanitize(tmp_path, 60, "")
+        assert whole.status == "failed"
+        assert whole.reason.startswith(f"memcheck: {expected}")
+
+
 @pytest.mark.parametrize("errors_of", [None, "racecheck"])
 def test_both_tools_run_over_the_tests_marked_for_them(gpu_tests, monkeypatch, tmp_path, errors_of):
     gpu_tests(TESTS)
