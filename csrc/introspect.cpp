@@ -108,9 +108,8 @@ py::object tile_of(const std::string& algo, const ConvProblem& p, ConvPass pass)
 
 /// The kernel chosen from a device's candidates, those that could serve as well and those that refuse.
 template <class Id, size_t count, class Tile>
-void add_choice(py::dict& plan, const ConvCandidate<Id> (&candidates)[count], const ConvProblem& p, ConvPass pass,
-                std::string_view algo, const Tile& tile) {
-  const Id chosen = select_conv2d(candidates, p, pass, algo);
+void add_choice(py::dict& plan, const ConvCandidate<Id> (&candidates)[count], Id chosen, const ConvProblem& p,
+                ConvPass pass, const Tile& tile) {
   py::dict refused;
   py::list able;
   for (const ConvCandidate<Id>& candidate : candidates) {
@@ -135,8 +134,12 @@ py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& strid
   const ConvPass pass = pass_named(pass_name);
   const std::string_view asked = algo ? std::string_view(*algo) : "";
   py::dict plan;
-  if (is_cuda(device)) add_choice(plan, kCudaConvCandidates, p, pass, asked, [](auto&) { return py::none(); });
-  else add_choice(plan, kConvCandidates, p, pass, asked, [&](auto& name) { return tile_of(name, p, pass); });
+  if (is_cuda(device))
+    add_choice(plan, kCudaConvCandidates, select_cuda_conv2d(p, pass, asked), p, pass,
+               [](auto&) { return py::none(); });
+  else
+    add_choice(plan, kConvCandidates, select_conv2d(p, pass, asked), p, pass,
+               [&](auto& name) { return tile_of(name, p, pass); });
   plan["output_shape"] = py::make_tuple(p.n, p.k, p.p(), p.q());
   plan["flops"] = p.flops();
   plan["bytes"] = p.bytes();

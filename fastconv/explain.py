@@ -28,7 +28,7 @@ __all__ = ["Explanation", "PlannedCall", "explain"]
 _sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 # Not hops of a call: this module's own, and the helper that leaves out autograd.
-_NOT_HOPS = frozenset({__name__, "fastconv._plans", "fastconv.backends", "fastconv.ops._autograd"})
+_NOT_HOPS = frozenset({__name__, "fastconv._plans", "fastconv.backends", "fastconv.ops._autograd", "fastconv.tuning"})
 
 # torch's own operators that do a layer's arithmetic: shown, so that a report of a whole model has no gaps.
 _TORCH_ARITHMETIC = frozenset({

@@ -73,6 +73,7 @@ struct CpuConv2d {
     GemmConv product = forward_product(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), taps);
     product.epilogue = epilogue;
     if (kernel == Kernel::conv2d_naive) conv2d_kernels()->naive(product, p.dtype);
+    else if (kernel == Kernel::conv2d_winograd) conv2d_kernels()->winograd(product, p.layout, p.dtype);
     else if (kernel == Kernel::conv2d_rows) conv2d_kernels()->rows(product, p.dtype);
     else conv2d_kernels()->tiled(&product, 1, p.layout, p.dtype);
   }
@@ -92,6 +93,10 @@ struct CpuConv2d {
       for (int64_t b = 0; b < columns; ++b)
         phases.push_back(input_grad_product(p, {a, b}, grad.const_data_ptr(), weight.const_data_ptr(),
                                             grad_input.mutable_data_ptr(), taps[phases.size()]));
+    if (kernel == Kernel::conv2d_input_grad_winograd) {
+      conv2d_kernels()->winograd(phases[0], p.layout, p.dtype);
+      return;
+    }
     if (kernel == Kernel::conv2d_input_grad_tiled) {
       conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype);
       return;

@@ -35,7 +35,33 @@ inline const char* avoid_rows(const ConvProblem& p, ConvPass pass) {
   return wasted < unfolding ? nullptr : "its cut rows would waste more than im2col costs";
 }
 
+inline const char* refuse_winograd(const ConvProblem& p, ConvPass pass) {
+  if (pass == ConvPass::weight_grad) return nullptr;
+  if (p.dtype == DType::f64) return "its error is for float32 and shorter types";
+  if (p.r != 3 || p.s != 3) return "it needs a 3x3 kernel";
+  if (p.stride.h != 1 || p.stride.w != 1 || p.dilation.h != 1 || p.dilation.w != 1)
+    return "it needs stride 1 and dilation 1";
+  if (p.groups != 1) return "it needs groups == 1";
+  return nullptr;
+}
+
+/// A quarter of the products, for transforms of inputs, outputs and, in every call, filters. Measured;
+/// csrc/conv2d/README.md.
+inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
+  if (pass == ConvPass::weight_grad) return "its weight gradient is that of tiled";
+  const bool forward = pass == ConvPass::forward;
+  const int64_t rows = forward ? p.p() : p.h, columns = forward ? p.q() : p.w;
+  if (p.c < 32 || p.k < 32) return "fewer than 32 channels do not pay for the transforms of inputs and outputs";
+  if (max_of(p.c, p.k) > 512) return "sums of more than 512 channels would stray further than 2e-5 of their RMS";
+  if (p.n * rows * columns < 600) return "fewer than 600 pixels do not pay for the transform of the filters";
+  if (2 * round_up(rows, 4) * round_up(columns, 4) > 3 * rows * columns)
+    return "its 4x4 tiles would hang over the edge";
+  return nullptr;
+}
+
 inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
+    {"winograd", Kernel::conv2d_winograd, Kernel::conv2d_input_grad_winograd, Kernel::conv2d_weight_grad_tiled,
+     &refuse_winograd, &avoid_winograd},
     {"depthwise", Kernel::depthwise, Kernel::depthwise_input_grad, Kernel::depthwise_weight_grad,
      [](const ConvProblem& problem, ConvPass) -> const char* {
        return problem.is_depthwise() ? nullptr : "it needs groups == in_channels, and more than one";
@@ -49,7 +75,14 @@ inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
      &refuse_nothing},
 };
 
+/// `algo` may also be "direct": whatever is best without Winograd, whose rounding errors are up to twice as large and
+/// which lets an infinite or NaN input spread over 4x4 outputs.
 inline Kernel select_conv2d(const ConvProblem& problem, ConvPass pass, std::string_view algo) {
+  if (algo == "direct") {
+    for (const ConvCandidate<Kernel>& candidate : kConvCandidates)
+      if (candidate.algo != "winograd" && !candidate.refuse(problem, pass) && !candidate.avoid(problem, pass))
+        return candidate.kernel(pass);
+  }
   return select_conv2d(kConvCandidates, problem, pass, algo);
 }
 
