@@ -129,8 +129,8 @@ $(STAMP)/venv: pyproject.toml | $(STAMP)/machine
 
 # The machine's own, or NVIDIA's packages from PyPI.
 $(STAMP)/nvcc: $(STAMP)/venv
-	@$(RUN) build_tools/nvcc.py > /dev/null || { echo "installing nvcc"; $(RUN) -m pip install --quiet $(CUDA_PACKAGES); }
-	@$(RUN) build_tools/nvcc.py > $@
+	@$(RUN) csrc/cuda_support/nvcc.py > /dev/null || { echo "installing nvcc"; $(RUN) -m pip install --quiet $(CUDA_PACKAGES); }
+	@$(RUN) csrc/cuda_support/nvcc.py > $@
 
 $(STAMP)/build: setup.py $(CPP_SOURCES) $(STAMP)/venv
 	@$(BUILD)

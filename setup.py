@@ -29,9 +29,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
+sys.path.insert(0, str(ROOT / "csrc" / "cuda_support"))
 
-from build_tools import nvcc  # noqa: E402
+import nvcc  # noqa: E402
 
 FAMILIES = ("conv2d", "depthwise", "pool", "norm")
 SANITIZE = os.environ.get("FASTCONV_SANITIZE", "")

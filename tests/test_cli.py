@@ -75,7 +75,13 @@ def test_explain_prints_the_plan(capsys):
     arguments = ["explain", "--conv", "64,128,3", "--padding", "1", "--input", "1,64,56,56", "--channels-last"]
     assert cli.main([*arguments, "--backward"]) == 0
     out = capsys.readouterr().out
-    for wanted in ("conv2d/tiled", "conv2d_input_grad/tiled", "conv2d_weight_grad/tiled", "462 MFLOP", "channels_last"):
+    for wanted in (
+        "conv2d/winograd",
+        "conv2d_input_grad/winograd",
+        "conv2d_weight_grad/tiled",
+        "462 MFLOP",
+        "channels_last",
+    ):
         assert wanted in out
 
 

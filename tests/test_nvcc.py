@@ -1,4 +1,4 @@
-"""build_tools/nvcc.py: finding the toolkit, and one compilation with its log, over programs that play nvcc."""
+"""csrc/cuda_support/nvcc.py: finding the toolkit, and one compilation with its log, over programs that play nvcc."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "build_tools").is_dir():
+SCRIPT = ROOT / "csrc" / "cuda_support" / "nvcc.py"
+if not SCRIPT.exists():
     pytest.skip("runs from a checkout only", allow_module_level=True)
 
-SPEC = importlib.util.spec_from_file_location("fastconv_nvcc", ROOT / "build_tools" / "nvcc.py")
+SPEC = importlib.util.spec_from_file_location("fastconv_nvcc", SCRIPT)
 assert SPEC is not None
 assert SPEC.loader is not None
 nvcc = importlib.util.module_from_spec(SPEC)

@@ -31,7 +31,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md", "Makefile"):
         shutil.copy(ROOT / name, copy)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("build_tools", "csrc", "fastconv", "triton_kernels", "tests", "benchmarks", "examples"):
+    for name in ("csrc", "fastconv", "triton_kernels", "tests", "benchmarks", "examples"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     return copy
 
@@ -76,7 +76,7 @@ def test_sdist_needs_no_torch_and_holds_all_that_a_build_reads(checkout, torch_o
         shipped = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = {
         str(path.relative_to(ROOT))
-        for folder in ("build_tools", "csrc", "triton_kernels", "fastconv")
+        for folder in ("csrc", "triton_kernels", "fastconv")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in {".so", ".pyc"}
     }

@@ -18,7 +18,8 @@ inline constexpr double kPointA = 0.70710678118654752440, kPointB = 1.4142135623
 
 /// B^T of six numbers, `step` apart, to six numbers as far apart.
 template <class Acc>
-FASTCONV_INLINE void transform_input_line(const simd::Vec<Acc>* d, int step, simd::Vec<Acc>* out, int out_step) {
+FASTCONV_INLINE void transform_input_line(const simd::Vec<Acc>* d, int64_t step, simd::Vec<Acc>* out,
+                                          int64_t out_step) {
   using V = simd::Vec<Acc>;
   const V two_and_half = simd::broadcast(Acc(-2.5)), two = simd::broadcast(Acc(-2)), half = simd::broadcast(Acc(-0.5));
   const V a = simd::broadcast(Acc(kPointA)), b = simd::broadcast(Acc(kPointB));
@@ -35,7 +36,8 @@ FASTCONV_INLINE void transform_input_line(const simd::Vec<Acc>* d, int step, sim
 
 /// A^T of six numbers to four.
 template <class Acc>
-FASTCONV_INLINE void transform_output_line(const simd::Vec<Acc>* m, int step, simd::Vec<Acc>* out, int out_step) {
+FASTCONV_INLINE void transform_output_line(const simd::Vec<Acc>* m, int64_t step, simd::Vec<Acc>* out,
+                                           int64_t out_step) {
   using V = simd::Vec<Acc>;
   const V a = simd::broadcast(Acc(kPointA)), b = simd::broadcast(Acc(kPointB));
   const V half = simd::broadcast(Acc(0.5)), two = simd::broadcast(Acc(2));
@@ -69,7 +71,8 @@ FASTCONV_INLINE void transform_output(const simd::Vec<Acc> (&m)[kWinogradProduct
 }
 
 /// G of three numbers to six, in float64 as the whole filter transform: it is done once, its rounding counts 36 times.
-FASTCONV_INLINE void transform_filter_line(const simd::Vec<double>* g, int step, simd::Vec<double>* out, int out_step) {
+FASTCONV_INLINE void transform_filter_line(const simd::Vec<double>* g, int64_t step, simd::Vec<double>* out,
+                                           int64_t out_step) {
   using V = simd::Vec<double>;
   const auto number = [](double value) { return simd::broadcast<double>(value); };
   const V g0 = g[0], g1 = g[step], g2 = g[2 * step];

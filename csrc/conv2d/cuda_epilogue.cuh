@@ -1,36 +1,24 @@
 // What a convolution kernel does with its sums before it stores them: scale, shift, residual, activation.
 #pragma once
 
+#include "conv2d/cuda_epilogue.h"
 #include "cuda_support/dtype.h"
 
 namespace fastconv::cuda {
 
-/// One number per output channel, in whatever type the user keeps it; null for none.
-struct ChannelNumbers {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
-
-  __device__ __forceinline__ float at(int64_t channel) const {
-    // The branch is the same for all threads, and there are few channels: it costs nothing beside the convolution.
-    switch (dtype) {
-      case DType::f16:
-        return to_float(static_cast<const half*>(data)[channel]);
-      case DType::bf16:
-        return to_float(static_cast<const bfloat16*>(data)[channel]);
-      case DType::f64:
-        return static_cast<float>(static_cast<const double*>(data)[channel]);
-      default:
-        return static_cast<const float*>(data)[channel];
-    }
+__device__ __forceinline__ float ChannelNumbers::at(int64_t channel) const {
+  // The branch is the same for all threads, and there are few channels: it costs nothing beside the convolution.
+  switch (dtype) {
+    case DType::f16:
+      return to_float(static_cast<const half*>(data)[channel]);
+    case DType::bf16:
+      return to_float(static_cast<const bfloat16*>(data)[channel]);
+    case DType::f64:
+      return static_cast<float>(static_cast<const double*>(data)[channel]);
+    default:
+      return static_cast<const float*>(data)[channel];
   }
-};
-
-/// y = activation(scale * sum + shift + residual)
-struct CudaEpilogue {
-  ChannelNumbers scale, shift;
-  const void* residual = nullptr;  // the output's type and layout, or null
-  Activation activation = Activation::none;
-};
+}
 
 /// NaN stays NaN, as in torch: comparisons are written so that NaN takes the branch that keeps it.
 __device__ __forceinline__ float activate(float value, Activation activation) {

@@ -2,7 +2,7 @@
 // every element of a result is written; nothing is allocated and nothing waits.
 #pragma once
 
-#include "conv2d/cuda_epilogue.cuh"
+#include "conv2d/cuda_epilogue.h"
 
 namespace fastconv::cuda {
 

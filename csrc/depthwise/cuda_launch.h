@@ -1,7 +1,7 @@
 // The CUDA launchers of this folder. They throw where refuse_depthwise_cuda gives a reason.
 #pragma once
 
-#include "conv2d/cuda_epilogue.cuh"
+#include "conv2d/cuda_epilogue.h"
 
 namespace fastconv::cuda {
 

@@ -1,7 +1,7 @@
 """nvcc: where it is, its flags, and one compilation with ptxas's report kept.
 
-    python build_tools/nvcc.py                              prints the CUDA toolkit's folder; fails if there is none
-    python build_tools/nvcc.py [LAUNCHER] NVCC ARGUMENTS    compiles one file; setup.py names this to ninja as "nvcc"
+    python nvcc.py                              prints the CUDA toolkit's folder; fails if there is none
+    python nvcc.py [LAUNCHER] NVCC ARGUMENTS    compiles one file; setup.py names this to ninja as "nvcc"
 
 ptxas's report (registers, spills, stack frames) of csrc/F/K.cu goes to build/cuda/F/K.ptxas, which
 tests/test_cuda_binary.py reads. The terminal gets warnings and errors only.
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 USUAL_PLACE = Path("/usr/local/cuda/bin/nvcc")
 LOGS = ROOT / "build" / "cuda"
 
