@@ -113,9 +113,9 @@ class CudaRun:
         arguments: list[Tensor | ConvProblem] = [self.described, self.tensors["grad"], self.tensors["x"], grad_weight]
         workspace = None
         if ("conv2d_weight_grad_workspace", algo) in library.signatures:
-            floats = torch.full((1,), -1, dtype=torch.int64)
-            library.call("conv2d_weight_grad_workspace", algo, self.described, floats)
-            workspace = placed(torch.full((int(floats),), NAN), 0)
+            floats = library.call("conv2d_weight_grad_workspace", algo, self.described)
+            assert floats is not None
+            workspace = placed(torch.full((floats,), NAN), 0)
             arguments.append(workspace)
         library.call("conv2d_weight_grad", algo, *arguments)
         assert_guarded(grad_weight)

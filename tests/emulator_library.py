@@ -302,6 +302,7 @@ class Library:
         for question in ("op", "algo", "signature"):
             getattr(self._c, f"fastconv_emulator_launcher_{question}").restype = ctypes.c_char_p
         self._numbers: dict[tuple[str, str], int] = {}
+        self._answering: set[tuple[str, str]] = set()
         self.signatures: dict[tuple[str, str], list[str]] = {}
         for number in range(self._c.fastconv_emulator_launcher_count()):
             op, algo, signature = (
@@ -311,6 +312,8 @@ class Library:
             if (op, algo) in self._numbers:
                 raise RuntimeError(f"two launchers are called ({op}, {algo}); every pair must be unique")
             self._numbers[op, algo] = number
+            if self._c.fastconv_emulator_launcher_returns_number(number):
+                self._answering.add((op, algo))
             self.signatures[op, algo] = signature.split()
 
     def configure(
@@ -330,8 +333,11 @@ class Library:
         self._c.fastconv_emulator_statistics(counts)
         return dict(zip(("launches", "switches", "tma_operations", "wgmma_warps"), counts, strict=True))
 
-    def call(self, op: str, algo: str, *arguments: Argument) -> None:
-        """Runs the launcher: problems as structures, tensors for pointers (None for null), numbers; no stream."""
+    def call(self, op: str, algo: str, *arguments: Argument) -> int | None:
+        """Runs the launcher: problems as structures, tensors for pointers (None for null), numbers; no stream.
+
+        Returns its number, None if it has none.
+        """
         words = self.signatures.get((op, algo))
         if words is None:
             known = ", ".join(map(str, sorted(self.signatures)))
@@ -340,10 +346,13 @@ class Library:
             raise TypeError(f"({op}, {algo}) takes {len(words)} arguments, {' '.join(words)}; got {len(arguments)}")
         values = [_as_c(word, argument) for word, argument in zip(words, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        error = ctypes.create_string_buffer(8192)
-        if self._c.fastconv_emulator_call(self._numbers[op, algo], pointers, error, ctypes.sizeof(error)):
+        result, error = ctypes.c_int64(), ctypes.create_string_buffer(8192)
+        if self._c.fastconv_emulator_call(
+            self._numbers[op, algo], pointers, ctypes.byref(result), error, ctypes.sizeof(error)
+        ):
             raise RuntimeError(error.value.decode(errors="replace"))
         records.setdefault((op, algo), Record()).cases += 1
+        return result.value if (op, algo) in self._answering else None
 
 
 def _as_c(word: str, argument: Argument) -> ctypes.Structure | ctypes._SimpleCData:  # type: ignore[type-arg]

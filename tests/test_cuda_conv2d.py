@@ -104,11 +104,14 @@ def test_bias_grad(library: Library, dtype: torch.dtype, shape: tuple[int, ...],
     for sm_count in (1, 132):
         with configured(library, sm_count=sm_count):
             grad, result = placed(values, 1), empty((k, 1, 1, 1), dtype, False, 1)
-            workspace = placed(torch.full((4096 * k,), float("nan")), 0)
+            sizes = (n, k, h * w, int(channels_last))
+            floats = library.call("conv2d_bias_grad_workspace", "rows", *sizes)
+            assert floats is not None
+            workspace = placed(torch.full((floats,), float("nan")), 0)
             dtype_code = DType[str(dtype).removeprefix("torch.")]
-            arguments = (n, k, h * w, int(channels_last), dtype_code)
-            library.call("conv2d_bias_grad", "rows", grad, result, workspace, *arguments)
+            library.call("conv2d_bias_grad", "rows", grad, result, workspace, *sizes, dtype_code)
         assert_guarded(result)
+        assert_guarded(workspace)
         assert torch.equal(result.flatten(), values.double().sum((0, 2, 3)).to(dtype))
 
 
