@@ -70,7 +70,7 @@ KINDS = {
     "plain": Kind(("-O2",)),
     # Compiled for ThreadSanitizer and not linked with it: plain_access.cpp answers the calls.
     "checked": Kind(("-O1", "-fsanitize=thread")),
-    "address": Kind(("-O1", *SANITIZERS), ("-O1", *SANITIZERS), ("-fsanitize=address,undefined",)),
+    "address": Kind(("-O0", *SANITIZERS), ("-O1", *SANITIZERS), ("-fsanitize=address,undefined",)),
     "ucontext": Kind(("-O2",), fiber_flags=("-DFASTCONV_EMULATOR_UCONTEXT",)),
 }
 

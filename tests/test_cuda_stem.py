@@ -115,6 +115,15 @@ def test_nan_stays_in_its_windows(library: Library, algo: str, channels_last: bo
 
 
 @LAYOUTS
+def test_on_devices_of_little_shared_memory(library: Library, channels_last: bool) -> None:
+    with configured(library, capability=86):
+        for channels in (1, 3, 4):
+            problem = stem(11, 4, 2, 64, (40, 44), n=1, c_per_group=channels, dtype=torch.float16, integers=True)
+            check(library, problem, channels_last)
+            check(library, replace(problem, stride=(1, 1), k_per_group=96, size=(20, 24)), channels_last)
+
+
+@LAYOUTS
 def test_windows_smaller_than_the_stride(library: Library, channels_last: bool) -> None:
     """Elements that no window reaches have a gradient of zero."""
     for kernel, stride in (((1, 1), (2, 2)), ((2, 3), (4, 4)), ((1, 3), (3, 1)), ((5, 2), (1, 4))):

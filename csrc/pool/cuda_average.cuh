@@ -57,11 +57,11 @@ struct AverageLine {
               bool adaptive_, bool include_pad_)
       : step(step_),
         input(size_),
-        size(static_cast<int>(size_)),
-        positions(static_cast<int>(positions_)),
-        window(static_cast<int>(window_)),
-        stride(static_cast<int>(stride_)),
-        pad(static_cast<int>(pad_)),
+        size(narrow(size_)),
+        positions(narrow(positions_)),
+        window(narrow(window_)),
+        stride(narrow(stride_)),
+        pad(narrow(pad_)),
         adaptive(adaptive_),
         include_pad(include_pad_) {}
 };

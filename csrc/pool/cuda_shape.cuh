@@ -6,6 +6,14 @@
 
 namespace fastconv::cuda {
 
+inline int narrow(int64_t value) {
+  // Half of the range, so that a position plus a window does not overflow.
+  if (value > 0x3fffffff)
+    throw std::runtime_error("pooling: a size of " + std::to_string(value) +
+                             ", expected at most 1073741823; split the tensor");
+  return static_cast<int>(value);
+}
+
 /// An outer item is an image in NHWC and a plane in NCHW; `inner` numbers its channels, or is 1. Distances in elements.
 struct PoolShape {
   int h, w, p, q, r, s;
@@ -45,15 +53,6 @@ struct PoolShape {
     const auto size = [](int rows, int columns) { return std::to_string(rows) + "x" + std::to_string(columns); };
     return "pooling of planes of " + size(h, w) + " to " + size(p, q) + ", window " + size(r, s) + " stride " +
            size(stride_h, stride_w) + " padding " + size(pad_h, pad_w) + " dilation " + size(dilation_h, dilation_w);
-  }
-
- private:
-  static int narrow(int64_t value) {
-    // Half of the range, so that a position plus a window does not overflow.
-    if (value > 0x3fffffff)
-      throw std::runtime_error("pooling: a size of " + std::to_string(value) +
-                               ", expected at most 1073741823; split the tensor");
-    return static_cast<int>(value);
   }
 };
 

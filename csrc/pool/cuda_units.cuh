@@ -58,6 +58,7 @@ template <class Body>
 void for_each_slice(int64_t outer, int64_t rows, int64_t columns, int64_t inner, const Body& body) {
   constexpr int64_t kLimit = FASTCONV_UNITS_PER_LAUNCH, kLargest = 0x7fff0000;
   const int64_t each = rows * columns * inner;
+  if (each == 0) return;
   if (each > kLargest)
     throw std::runtime_error("one image has " + std::to_string(each) + " units of work, expected at most " +
                              std::to_string(kLargest) + "; split the image");
