@@ -4,7 +4,7 @@ Guards and fresh outputs are filled with the byte 0xff: NaN in every floating-po
 index, none of which a right kernel writes.
 
 Guards do not tell who reads them and drops the value. With ``FASTCONV_FENCES=1`` in the environment, tensors lie
-between pages that may not be touched, their first or their last byte beside one: a read outside ends the process, as it
+between pages that may not be touched, their first or their last byte ``shift`` bytes from one: a read outside ends the process, as it
 may on a GPU. ``cuda_fuzz.py`` runs with it.
 """
 
@@ -27,21 +27,21 @@ FENCES = os.environ.get("FASTCONV_FENCES") == "1"
 _sides = random.Random(0)
 
 
-def _fenced(size: int) -> tuple[Tensor, int]:
+def _fenced(size: int, shift: int) -> tuple[Tensor, int]:
     page = mmap.PAGESIZE
-    inside = max(1, -(-size // page)) * page
+    inside = max(1, -(-(size + shift) // page)) * page
     pages = mmap.mmap(-1, inside + 2 * page)
     memory = torch.frombuffer(pages, dtype=torch.uint8, count=inside, offset=page)  # keeps `pages`
     for fence in (memory.data_ptr() - page, memory.data_ptr() + inside):
         if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(fence), page, 0):
             raise OSError(ctypes.get_errno(), "mprotect")
-    return memory.fill_(POISON), _sides.choice([0, inside - size])
+    return memory.fill_(POISON), _sides.choice([shift, inside - size - shift])
 
 
 def room(size: int, shift: int) -> tuple[Tensor, int]:
     """Poisoned bytes and where in them a tensor of ``size`` starts, ``shift`` bytes past a multiple of 64."""
     if FENCES:
-        return _fenced(size)
+        return _fenced(size, shift)
     memory = torch.full((size + shift + 2 * GUARD_BYTES + 64,), POISON, dtype=torch.uint8)
     return memory, GUARD_BYTES + -(memory.data_ptr() + GUARD_BYTES) % 64 + shift
 

@@ -98,20 +98,24 @@ def test_epilogue(library: Library, dtype: torch.dtype, activation: str, channel
         check_epilogue(library, algo, stem(3, 2, 1, 11, (9, 12), dtype=dtype), activation, channels_last)
 
 
+def check_nan(library: Library, algo: str, window: int, stride: int, channels_last: bool) -> None:
+    problem = stem(window, stride, 0, 9, (23, 23), n=1, dtype=torch.float16)
+    run = CudaRun(problem, channels_last)
+    run.tensors["x"][0, 1, 11, 11] = float("nan")
+    y = run.forward(library, algo)
+    touched = torch.zeros(y.shape[2:], dtype=torch.bool)
+    starts = range(0, 23 - window + 1, stride)
+    reached = [i for i, start in enumerate(starts) if start <= 11 < start + window]
+    touched[reached[0] : reached[-1] + 1, reached[0] : reached[-1] + 1] = True
+    assert torch.equal(y.isnan(), touched.expand_as(y))
+
+
 @LAYOUTS
 @pytest.mark.parametrize("algo", ["stem", "stem_mma"])
 def test_nan_stays_in_its_windows(library: Library, algo: str, channels_last: bool) -> None:
     """Tensor cores multiply more than the window: what lies beside it must not get in."""
     for window, stride in ((3, 1), (5, 1), (7, 2), (11, 4)):
-        problem = stem(window, stride, 0, 9, (23, 23), n=1, dtype=torch.float16)
-        run = CudaRun(problem, channels_last)
-        run.tensors["x"][0, 1, 11, 11] = float("nan")
-        y = run.forward(library, algo)
-        touched = torch.zeros(y.shape[2:], dtype=torch.bool)
-        starts = range(0, 23 - window + 1, stride)
-        reached = [i for i, start in enumerate(starts) if start <= 11 < start + window]
-        touched[reached[0] : reached[-1] + 1, reached[0] : reached[-1] + 1] = True
-        assert torch.equal(y.isnan(), touched.expand_as(y))
+        check_nan(library, algo, window, stride, channels_last)
 
 
 @LAYOUTS
