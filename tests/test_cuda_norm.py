@@ -172,6 +172,19 @@ def test_zero_and_infinite_divisors_are_the_cpus(library, memory_format, size):
     check_edges(library, memory_format, size, torch.Generator().manual_seed(3))
 
 
+def test_nothing_to_normalise(library):
+    for shape in ((0, 8, 4, 4), (2, 0, 4, 4)):
+        for memory_format in FORMATS:
+            norm = Norm(shape, memory_format=memory_format)
+            run(library, norm, norm.fresh(), norm.fresh())
+
+
+def test_planes_of_more_than_32_bits_do_not_walk(library):
+    problem = NormProblem(1, 8, 1 << 33, 5, 1e-4, 0.75, 2.0, 0, int(DType.float16))
+    why = explained(library, "explain_local_response_norm", problem, None, None, None, algo="channels")
+    assert why.startswith("any: 2^31 pixels")
+
+
 def test_kernels_do_not_race(checked):
     choose, generator = generators(4)
     for number in range(20):

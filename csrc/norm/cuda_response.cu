@@ -29,9 +29,9 @@ NormChoice choose(const NormProblem& p, std::initializer_list<const void*> point
   using Path = NormChoice::Path;
   const int64_t bytes = element_bytes(p.dtype);
   if (p.size != kWindow) return {Path::any, false, "not a window of five channels"};
+  if (p.plane > INT32_MAX || p.c > INT32_MAX) return {Path::any, false, "2^31 pixels or channels"};
   if (p.beta != 0.75) return {Path::any, false, "an exponent other than 3/4"};
   if (p.layout == Layout::nchw) {
-    if (p.plane > INT32_MAX) return {Path::any, false, "NCHW, a plane of more than 2^31 elements"};
     if (p.plane % kWalkLanes == 0 && all_aligned(pointers, kWalkLanes * bytes))
       return {Path::walk, true, "NCHW, planes of whole vectors of pixels"};
     return {Path::walk, false,

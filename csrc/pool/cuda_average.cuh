@@ -57,11 +57,11 @@ struct AverageLine {
               bool adaptive_, bool include_pad_)
       : step(step_),
         input(size_),
-        size(narrow(size_)),
-        positions(narrow(positions_)),
-        window(narrow(window_)),
-        stride(narrow(stride_)),
-        pad(narrow(pad_)),
+        size(pool_size(size_)),
+        positions(pool_size(positions_)),
+        window(pool_size(window_)),
+        stride(pool_size(stride_)),
+        pad(pool_size(pad_)),
         adaptive(adaptive_),
         include_pad(include_pad_) {}
 };

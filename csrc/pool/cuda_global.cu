@@ -204,6 +204,7 @@ void global_nchw(const PoolProblem& p, const T* x, T* y, cudaStream_t stream) {
 template <int N, class T>
 void global_nhwc(const PoolProblem& p, const T* x, T* y, cudaStream_t stream) {
   const int64_t vectors = p.c / N;
+  if (vectors == 0) return;
   const int lanes = vectors > 16 ? 32 : vectors > 8 ? 16 : 8;
   const int64_t chunks = ceil_div(vectors, lanes);
   launch(FASTCONV_KERNEL(global_channels_kernel<N, T>), blocks_for(p.n * chunks, 1), kPoolThreads, 0, stream, x, y,
