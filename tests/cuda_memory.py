@@ -4,8 +4,8 @@ Guards and fresh outputs are filled with the byte 0xff: NaN in every floating-po
 index, none of which a right kernel writes.
 
 Guards do not tell who reads them and drops the value. With ``FASTCONV_FENCES=1`` in the environment, tensors lie
-between pages that may not be touched, their first or their last byte ``shift`` bytes from one: a read outside ends the process, as it
-may on a GPU. ``cuda_fuzz.py`` runs with it.
+between pages that may not be touched, their first or their last byte ``shift`` bytes from one: a read outside ends the
+process, as it may on a GPU. ``cuda_fuzz.py`` runs with it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ template <class T, class Kernel, class... Pointers>
 void launch_channels(const NormProblem& p, Kernel kernel, cudaStream_t stream, Pointers... pointers) {
   for_each_slice(p.n, 1, p.plane, p.c / kVectorElements<T>, [&](int64_t first, const Units& units) {
     const int64_t before = first * p.c * p.plane;
-    launch(kernel, grid_of(units), kPoolThreads, 0, stream, Response<false>(p), units, (pointers + before)...);
+    launch(kernel, grid_of(units), kUnitThreads, 0, stream, Response<false>(p), units, (pointers + before)...);
   });
 }
 
@@ -64,7 +64,7 @@ void launch_walk(const NormProblem& p, Kernel kernel, cudaStream_t stream, Point
   const int64_t each = channels_each(p, N);
   for_each_slice(p.n, ceil_div(p.c, each), p.plane / N, 1, [&](int64_t first, const Units& units) {
     const int64_t before = first * p.c * p.plane;
-    launch(kernel, grid_of(units), kPoolThreads, 0, stream, Response<false>(p), units, static_cast<int>(each),
+    launch(kernel, grid_of(units), kUnitThreads, 0, stream, Response<false>(p), units, static_cast<int>(each),
            static_cast<int>(p.plane), (pointers + before)...);
   });
 }
@@ -75,7 +75,7 @@ void launch_any(const NormProblem& p, Kernel kernel, cudaStream_t stream, Pointe
   for_each_slice(
       p.n, channels_first ? p.c : 1, p.plane, channels_first ? 1 : p.c, [&](int64_t first, const Units& units) {
         const int64_t before = first * p.c * p.plane;
-        launch(kernel, grid_of(units), kPoolThreads, 0, stream, Response<true>(p), units, (pointers + before)...);
+        launch(kernel, grid_of(units), kUnitThreads, 0, stream, Response<true>(p), units, (pointers + before)...);
       });
 }
 

@@ -1,7 +1,7 @@
 // A pooling problem as kernels see it: 32-bit sizes, 64-bit distances, the same for both layouts.
 #pragma once
 
-#include "pool/cuda_units.cuh"
+#include "cuda_support/units.cuh"
 #include "pool/pool.h"
 
 namespace fastconv::cuda {
