@@ -3,7 +3,7 @@
     PYTHONPATH=.:tests FASTCONV_FENCES=1 python tests/cuda_fuzz.py pool --seed 100 --count 500 [--kind checked]
 
 A line for each problem before it runs: a process that dies says where. Problems are small, and chosen for what is
-rarely right: odd sizes, tensors of one element, padding on one side, few and many multiprocessors, little shared memory.
+rarely right: odd sizes, tensors of one element, padding on one side, few multiprocessors, little shared memory.
 """
 
 from __future__ import annotations
