@@ -14,19 +14,16 @@ TORCH_VERSIONS ?= 2.13.0
 PYTEST_ARGS ?=
 # make bench BENCH_ARGS= measures every layer, which takes half an hour.
 BENCH_ARGS ?= --quick
+# make gpu-check PYTHON=python3 OUT=DIR GPU_CHECK=tests,bench GPU_CHECK_ARGS="--dtypes float16,float32 --minutes 10"
+OUT ?= out/gpu_check
+GPU_CHECK ?= tests,sanitize,bench
+GPU_CHECK_ARGS ?=
 
 VENV := .venv/bin
 STAMP := .make
 RUN := $(VENV)/python
 CPP_SOURCES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 SANITIZED := build/sanitized
-# CUDA kernels: each file for the architectures its instructions exist on, with PTX for later chips. What ptxas says of
-# registers and spills is kept beside the object; tests/test_cuda_binary.py reads it.
-CUDA_SOURCES = $(shell find csrc -name 'cuda*.cu')
-CUDA_OBJECTS = $(CUDA_SOURCES:csrc/%.cu=build/cuda/%.o)
-NVCC_FLAGS := -std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -Icsrc
-SM80 := -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80
-SM90 := -gencode=arch=compute_90a,code=sm_90a
 # Each of the compiler's parts is a package of its own, and they must be of one release.
 CUDA_PACKAGES := $(foreach part,cuda-nvcc nvvm cuda-crt cuda-runtime cuda-cccl,"nvidia-$(part)==13.0.*")
 # Objects are kept under build/, where ninja finds what an edit touches. It prints whole command lines: the file's name
@@ -35,7 +32,7 @@ BUILD = $(RUN) setup.py --quiet build_ext --inplace | $(SHORT)
 SHORT := sed -uE 's|^(\[[0-9]+/[0-9]+\]) .* -c [^ ]*/(csrc/[^ ]+) -o .*|\1 \2|; /^g\+\+ .* -shared /d'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench emulate lint format cuda sanitize wheel-check clean
+.PHONY: help setup demo test bench emulate emulated lint format cuda gpu-check sanitize wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -55,7 +52,10 @@ bench: $(STAMP)/build  ## the lecture's layers against torch, as ratios
 # MAX_JOBS compilers at once. The Python tests compile the kernels and the emulator themselves, into build/emulator.
 emulate: $(STAMP)/build  ## every CUDA kernel on the CPU: results, races, planted bugs; needs no GPU and no CUDA
 	PYTHONPATH=tests $(RUN) -m pytest -n 2 -p emulator_report \
-	    $(wildcard tests/test_cuda_*.py tests/test_emulator*.py) $(PYTEST_ARGS)
+	    $(wildcard tests/test_cuda_*.py tests/test_emulat*.py) $(PYTEST_ARGS)
+
+emulated: $(STAMP)/build  ## the library behind FASTCONV_EMULATE=1: CUDA kernels on CPU tensors, for study; KIND=debug for gdb
+	$(RUN) tests/emulator_library.py $(KIND)
 
 lint: $(STAMP)/venv  ## ruff, mypy --strict, clang-format; changes nothing
 	$(VENV)/ruff check .
@@ -68,23 +68,12 @@ format: $(STAMP)/venv  ## let the formatters rewrite the files
 	$(VENV)/ruff format .
 	$(VENV)/clang-format -i $(CPP_SOURCES)
 
-cuda: $(STAMP)/nvcc  ## compile the CUDA kernels for sm_80 and sm_90a; needs no GPU and fetches nvcc if there is none
-	@$(MAKE) --silent --no-print-directory -j "$$(getconf _NPROCESSORS_ONLN)" $(CUDA_OBJECTS)
+cuda: $(STAMP)/nvcc  ## compile fastconv/_C_cuda for sm_80 and sm_90a; needs no GPU and fetches nvcc if there is none
+	@FASTCONV_CUDA=1 FASTCONV_ONLY=_C_cuda $(BUILD)
 
-build/cuda/%_sm90.o: csrc/%_sm90.cu $(STAMP)/nvcc
-	@$(call compile_cuda,$(SM90))
-
-build/cuda/%.o: csrc/%.cu $(STAMP)/nvcc
-	@$(call compile_cuda,$(SM80) $(SM90))
-
-# $(1): architectures. The log is shown only if it holds an error.
-define compile_cuda
-echo "nvcc $<"; mkdir -p $(@D); \
-$(STAMP)/cuda/bin/nvcc $(NVCC_FLAGS) $(1) -MD -MF $(@:.o=.d) -c $< -o $@ > $(@:.o=.ptxas) 2>&1 \
-    || { cat $(@:.o=.ptxas); rm -f $@; exit 1; }
-endef
-
--include $(CUDA_OBJECTS:.o=.d)
+# No stamp is asked for: that machine may have no network, so nothing is installed and PYTHON's own torch is used.
+gpu-check:  ## on a machine with a GPU: tests, compute-sanitizer, ratios against cuDNN, into OUT; fetches nothing
+	@$(PYTHON) -m benchmarks.gpu_check --out $(OUT) --parts $(GPU_CHECK) $(GPU_CHECK_ARGS)
 
 # The instrumented library lives in a tree of its own, beside copies of the Python files and the tests: the one in
 # fastconv/ stays as it is. libstdc++ is preloaded as well, because ASan must find its __cxa_throw when it starts. Leaks
@@ -138,13 +127,10 @@ $(STAMP)/venv: pyproject.toml | $(STAMP)/machine
 	@$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench,demo,lint]"
 	@touch $@
 
-# A link to the CUDA toolkit: the machine's own, or NVIDIA's packages from PyPI.
+# The machine's own, or NVIDIA's packages from PyPI.
 $(STAMP)/nvcc: $(STAMP)/venv
-	@rm -f $(STAMP)/cuda
-	@if nvcc="$$(command -v nvcc)"; then ln -s "$$(dirname "$$(dirname "$$(readlink -f "$$nvcc")")")" $(STAMP)/cuda; else \
-	    echo "installing nvcc"; $(RUN) -m pip install --quiet $(CUDA_PACKAGES); \
-	    ln -s "$$($(RUN) -c 'import nvidia; print(list(nvidia.__path__)[0])')/cu13" $(STAMP)/cuda; fi
-	@$(STAMP)/cuda/bin/nvcc --version > $@
+	@$(RUN) build_tools/nvcc.py > /dev/null || { echo "installing nvcc"; $(RUN) -m pip install --quiet $(CUDA_PACKAGES); }
+	@$(RUN) build_tools/nvcc.py > $@
 
 $(STAMP)/build: setup.py $(CPP_SOURCES) $(STAMP)/venv
 	@$(BUILD)

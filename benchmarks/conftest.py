@@ -8,7 +8,6 @@ pytest benchmarks --benchmark-only                                every layer
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-import fastconv
 from benchmarks import layers, measure, report
 from benchmarks.report import Case, Row
-from fastconv import _C
+from fastconv import _C, backends
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FULL_SECONDS, QUICK_SECONDS = 0.4, 0.05  # for each case
 QUICK_LAYERS = {1: 2, 8: 1}  # of each family, by batch size
 QUICK_FLOPS = 3e9  # no single call above this in the quick run
@@ -116,47 +113,28 @@ def measured(
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        pytest.skip("fastconv has no CUDA kernels yet; there is nothing to compare with cuDNN")
+        # Of ours none computes in TF32, and the two results are compared.
+        torch.backends.cudnn.allow_tf32 = False
+        reason = backends.unavailable("cuda")
+        if reason is not None:
+            pytest.skip(reason)
 
     budget = QUICK_SECONDS if request.config.getoption("--quick") else FULL_SECONDS
 
     def run(case: Case, ours: measure.Call, theirs: measure.Call, terms: int, *, autograd: bool = False) -> Row:
         with torch.inference_mode(not autograd):
-            kernel = _kernel_of(ours)
+            kernel = measure.kernel_of(ours)
             measure.require_agreement(ours().detach(), theirs().detach(), terms)
+            if device.type == "cuda" and case.batch == 1 and case.flops and not autograd:
+                ours, theirs = measure.replayed(ours), measure.replayed(theirs)
             turns = measure.take_turns(benchmark, measure.clock_of(device), ours, theirs, budget)
-        row = _row(case, kernel, turns, ceilings)
+        row = measure.row_of(case, kernel, turns, ceilings)
         benchmark.group = f"{case.op} {case.family} {case.direction}"
         benchmark.extra_info.update(row.as_json())
         request.config.stash[ROWS].append(row)
         return row
 
     return run
-
-
-def _kernel_of(call: measure.Call) -> str:
-    fastconv.reset_stats()
-    call()
-    ran = (name if name.startswith("torch/") else name.split("/")[-1] for name in fastconv.stats())
-    return ", ".join(dict.fromkeys(ran))
-
-
-def _row(case: Case, kernel: str, turns: measure.Turns, ceilings: measure.Ceilings) -> Row:
-    our_seconds, torch_seconds = statistics.median(turns.ours), statistics.median(turns.theirs)
-    floor = ceilings.floor_seconds(case.flops, case.bytes)
-    low, high = turns.spread
-    return Row(
-        case,
-        kernel,
-        turns.ratio,
-        low,
-        high,
-        floor / our_seconds,
-        floor / torch_seconds,
-        our_seconds,
-        torch_seconds,
-        len(turns.ours),
-    )
 
 
 def facts(config: pytest.Config) -> dict[str, str]:

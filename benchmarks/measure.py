@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+import fastconv
+from benchmarks.report import Case, Row
 from fastconv.ops.conv2d import conv2d
 
 Call = Callable[[], Any]
@@ -31,10 +34,18 @@ class CpuClock:
 
 
 class CudaClock:
-    """Device time between two events on the current stream."""
+    """Device time between two events on the current stream, with nothing of use in the L2 cache.
+
+    The buffer that is written before each call takes longer than the call's launch, so launching is not measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(max(4 * cache_bytes, 1 << 28), dtype=torch.int8, device=device)
 
     def seconds(self, call: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
         start.record()
         call()
         end.record()
@@ -42,8 +53,28 @@ class CudaClock:
         return float(start.elapsed_time(end)) * 1e-3
 
 
+@functools.cache
 def clock_of(device: torch.device) -> Clock:
-    return CudaClock() if device.type == "cuda" else CpuClock()
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def replayed(call: Call) -> Call:
+    """The call as a CUDA graph: replaying it costs the same few microseconds of launch whatever the call does first."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # cuDNN's search and first allocations cannot be captured
+        for _ in range(PILOT_ROUNDS):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 @dataclass
@@ -68,7 +99,16 @@ class Turns:
         return first, third
 
 
-def take_turns(benchmark: Any, clock: Clock, ours: Call, theirs: Call, budget_seconds: float) -> Turns:
+def take_turns(
+    benchmark: Any,
+    clock: Clock,
+    ours: Call,
+    theirs: Call,
+    budget_seconds: float,
+    *,
+    pilot_rounds: int = PILOT_ROUNDS,
+    min_rounds: int = MIN_ROUNDS,
+) -> Turns:
     """Runs theirs, ours, theirs, ours, ... under pytest-benchmark, for about ``budget_seconds``.
 
     pedantic() calls ``setup`` before each round, outside its own times: there the other side takes its turn.
@@ -76,8 +116,8 @@ def take_turns(benchmark: Any, clock: Clock, ours: Call, theirs: Call, budget_se
     turns = Turns()
     # Caches, thread pools and cuDNN's search are not what is measured. The least of a few, because one call that a busy
     # machine interrupted would leave a short case with hardly any rounds.
-    pair_seconds = min(clock.seconds(ours) + clock.seconds(theirs) for _ in range(PILOT_ROUNDS))
-    rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, budget_seconds / max(pair_seconds, 1e-9))))
+    pair_seconds = min(clock.seconds(ours) + clock.seconds(theirs) for _ in range(pilot_rounds))
+    rounds = int(min(MAX_ROUNDS, max(min_rounds, budget_seconds / max(pair_seconds, 1e-9))))
 
     def their_turn() -> None:
         turns.theirs.append(clock.seconds(theirs))
@@ -89,6 +129,14 @@ def take_turns(benchmark: Any, clock: Clock, ours: Call, theirs: Call, budget_se
     return turns
 
 
+def kernel_of(call: Call) -> str:
+    """Runs the call once and says which of our kernels it took."""
+    fastconv.reset_stats()
+    call()
+    ran = (name if name.startswith("torch/") else name.split("/")[-1] for name in fastconv.stats())
+    return ", ".join(dict.fromkeys(ran))
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What the roofline is made of, by proxies: the best rate of some products and convolutions, and ``copy_``'s."""
@@ -98,6 +146,25 @@ class Ceilings:
 
     def floor_seconds(self, flops: int, moved_bytes: int) -> float:
         return max(flops / self.flops_per_second, moved_bytes / self.bytes_per_second)
+
+
+def row_of(case: Case, kernel: str, turns: Turns, ceilings: Ceilings, note: str = "") -> Row:
+    our_seconds, torch_seconds = statistics.median(turns.ours), statistics.median(turns.theirs)
+    floor = ceilings.floor_seconds(case.flops, case.bytes)
+    low, high = turns.spread
+    return Row(
+        case,
+        kernel,
+        turns.ratio,
+        low,
+        high,
+        floor / our_seconds,
+        floor / torch_seconds,
+        our_seconds,
+        torch_seconds,
+        len(turns.ours),
+        note,
+    )
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds_each: float) -> Ceilings:

@@ -46,11 +46,14 @@ class Row:
     our_seconds: float
     torch_seconds: float
     rounds: int
+    note: str = ""  # what sets this row apart, such as a smaller batch than its fellows'
 
     def as_json(self) -> dict[str, Any]:
         values = asdict(self)
         case = values.pop("case")
         del values["our_seconds"], values["torch_seconds"]
+        if not self.note:
+            del values["note"]
         return {**case, **{key: _rounded(value) for key, value in values.items()}}
 
 
@@ -113,7 +116,7 @@ def layer_cells(row: Row) -> tuple[str, ...]:
         count(case.bytes) if case.flops else "",
         f"{row.our_share:.0%}" if case.flops else "",
         f"{row.torch_share:.0%}" if case.flops else "",
-        row.kernel,
+        f"{row.kernel} ({row.note})" if row.note else row.kernel,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import layers
-from benchmarks.conftest import FORMATS
+from benchmarks.cases import FORMATS
 from benchmarks.report import Case
 from fastconv.ops.conv2d_fused import conv2d_fused
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import layers
+from benchmarks import cases, layers
 from benchmarks.report import DIRECTIONS
-from benchmarks.test_conv2d import run_convolution
 
 LAYERS = layers.convolutions(depthwise=True)
 OP = "depthwise"
@@ -14,4 +13,5 @@ OP = "depthwise"
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_depthwise(layer, batch, direction, layout, measured, device, dtype):
-    run_convolution(OP, measured, layer, batch, direction, layout, device, dtype)
+    pair = cases.convolution(OP, layer, batch, direction, layout, device, dtype)
+    measured(pair.case, pair.ours, pair.theirs, pair.terms)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.conftest import FORMATS
+from benchmarks.cases import FORMATS
 from benchmarks.report import Case
 from fastconv._library import ops
 

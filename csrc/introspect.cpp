@@ -10,6 +10,7 @@
 
 #include "common/isa.h"
 #include "common/registry.h"
+#include "conv2d/cuda_select.h"
 #include "conv2d/select.h"
 #include "conv2d/tile_shape.h"
 
@@ -20,14 +21,21 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
-std::string full_name(Kernel kernel) {
-  const KernelName& name = kKernelNames[static_cast<int32_t>(kernel)];
-  return std::string(name.op) + "/" + name.algo;
+std::string full_name(const KernelName& name) { return std::string(name.op) + "/" + name.algo; }
+std::string full_name(Kernel kernel) { return full_name(kKernelNames[static_cast<int32_t>(kernel)]); }
+std::string full_name(CudaKernel kernel) { return full_name(kCudaKernelNames[static_cast<int32_t>(kernel)]); }
+
+bool is_cuda(const std::string& device) {
+  if (device != "cpu" && device != "cuda") throw py::value_error("device is " + device + ", expected cpu or cuda");
+  return device == "cuda";
 }
 
-std::vector<std::string> kernel_names() {
+std::vector<std::string> kernel_names(const std::string& device) {
   std::vector<std::string> names;
-  for (int32_t i = 0; i < kKernelCount; ++i) names.push_back(full_name(static_cast<Kernel>(i)));
+  if (is_cuda(device))
+    for (const KernelName& name : kCudaKernelNames) names.push_back(full_name(name));
+  else
+    for (const KernelName& name : kKernelNames) names.push_back(full_name(name));
   return names;
 }
 
@@ -98,28 +106,40 @@ py::object tile_of(const std::string& algo, const ConvProblem& p, ConvPass pass)
   return tile;
 }
 
-py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& stride, const Shape& padding,
-                     const Shape& dilation, int64_t groups, bool channels_last, const std::string& dtype,
-                     const std::string& pass_name, const std::optional<std::string>& algo) {
-  ConvProblem p = conv_problem(input, weight, stride, padding, dilation, groups);
-  p.layout = channels_last ? Layout::nhwc : Layout::nchw;
-  p.dtype = dtype_named(dtype);
-  const ConvPass pass = pass_named(pass_name);
-  const Kernel chosen = select_conv2d(p, pass, algo ? *algo : "");
-
-  py::dict plan, refused;
+/// The kernel chosen from a device's candidates, those that could serve as well and those that refuse.
+template <class Id, size_t count, class Tile>
+void add_choice(py::dict& plan, const ConvCandidate<Id> (&candidates)[count], Id chosen, const ConvProblem& p,
+                ConvPass pass, const Tile& tile) {
+  py::dict refused;
   py::list able;
-  for (const ConvCandidate& candidate : kConvCandidates) {
+  for (const ConvCandidate<Id>& candidate : candidates) {
     const std::string name(candidate.algo);
     if (const char* reason = candidate.refuse(p, pass)) refused[py::str(name)] = reason;
     else able.append(name);
-    if (kernel_of(candidate, pass) != chosen) continue;
+    if (candidate.kernel(pass) != chosen) continue;
     plan["algo"] = name;
-    plan["tile"] = tile_of(name, p, pass);
+    plan["tile"] = tile(name);
   }
   plan["kernel"] = full_name(chosen);
   plan["able"] = able;
   plan["refused"] = refused;
+}
+
+py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& stride, const Shape& padding,
+                     const Shape& dilation, int64_t groups, bool channels_last, const std::string& dtype,
+                     const std::string& pass_name, const std::optional<std::string>& algo, const std::string& device) {
+  ConvProblem p = conv_problem(input, weight, stride, padding, dilation, groups);
+  p.layout = channels_last ? Layout::nhwc : Layout::nchw;
+  p.dtype = dtype_named(dtype);
+  const ConvPass pass = pass_named(pass_name);
+  const std::string_view asked = algo ? std::string_view(*algo) : "";
+  py::dict plan;
+  if (is_cuda(device))
+    add_choice(plan, kCudaConvCandidates, select_cuda_conv2d(p, pass, asked), p, pass,
+               [](auto&) { return py::none(); });
+  else
+    add_choice(plan, kConvCandidates, select_conv2d(p, pass, asked), p, pass,
+               [&](auto& name) { return tile_of(name, p, pass); });
   plan["output_shape"] = py::make_tuple(p.n, p.k, p.p(), p.q());
   plan["flops"] = p.flops();
   plan["bytes"] = p.bytes();
@@ -135,7 +155,7 @@ void require_at_least_one(const char* name, const Shape& values) {
 /// Max and average pooling, forward and backward: `op` is any of the ops on windows.
 py::dict plan_pool(const std::string& op, const Shape& input, const Shape& kernel, const Shape& stride,
                    const Shape& padding, const Shape& dilation, bool ceil_mode, bool divisor_override,
-                   const std::string& dtype) {
+                   const std::string& dtype, const std::string& device) {
   require_length("input_shape", input, 4);
   require_at_least_one("kernel", kernel);
   require_at_least_one("stride", stride);
@@ -148,7 +168,7 @@ py::dict plan_pool(const std::string& op, const Shape& input, const Shape& kerne
   p.ceil_mode = ceil_mode;
   p.dtype = dtype_named(dtype);
   const bool whole_plane = p.r == p.h && p.s == p.w && p.padding.h == 0 && p.padding.w == 0 && !divisor_override;
-  std::string name = op + "/rows";
+  std::string name = op + (is_cuda(device) ? "/windows" : "/rows");
   if (op == "avg_pool2d" && whole_plane) name = full_name(Kernel::global_avg_pool2d);
   if (op == "avg_pool2d_backward" && whole_plane) name = full_name(Kernel::global_avg_pool2d_backward);
   py::dict plan;
@@ -196,16 +216,19 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels, plans and build information of fastconv";
-  m.def("kernel_names", &kernel_names, "Every kernel as op/algo, in the order of torch.ops.fastconv.kernel_counts()");
+  m.def("kernel_names", &kernel_names, py::arg("device") = "cpu",
+        "Every kernel of a device, cpu or cuda, as op/algo, in the order of torch.ops.fastconv.kernel_counts() or "
+        "cuda_kernel_counts()");
   m.def("supported_isas", &supported_isas, "Instruction sets that this CPU has and fastconv has kernels for");
   m.def("active_isa", [] { return std::string(name_of(active_isa())); }, "The instruction set in use");
   m.def("build_info", &build_info, "How the native code was compiled");
   m.def("plan_conv2d", &plan_conv2d, py::arg("input_shape"), py::arg("weight_shape"), py::kw_only(), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"),
-        py::arg("pass_name"), py::arg("algo") = py::none(),
+        py::arg("pass_name"), py::arg("algo") = py::none(), py::arg("device") = "cpu",
         "The kernel that serves a convolution, why others do not, its tile, FLOPs and bytes. Raises RuntimeError if "
         "`algo` refuses.");
   m.def("plan_pool", &plan_pool, py::arg("op"), py::arg("input_shape"), py::kw_only(), py::arg("kernel"),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("ceil_mode"), py::arg("divisor_override"),
-        py::arg("dtype"), "The kernel that serves a pooling op, its output shape, operations and bytes");
+        py::arg("dtype"), py::arg("device") = "cpu",
+        "The kernel that serves a pooling op, its output shape, operations and bytes");
 }

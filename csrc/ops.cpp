@@ -1,12 +1,17 @@
 // The list of ops: every operator schema of the package. Kernels register themselves beside their host functions
-// (csrc/<family>/cpu.cpp); fakes and autograd are in fastconv/ops/<family>.py.
+// (csrc/<family>/cpu.cpp, cuda.cpp); fakes and autograd are in fastconv/ops/<family>.py.
 //
 // Conventions: tensors are (N, C, H, W) in either memory format; padding is (top, left, bottom, right); stride,
 // dilation and kernel are (height, width); `algo` names a kernel of the registry, None lets the selection choose.
 
 #include <torch/csrc/stable/library.h>
 
+// The library of emulated CUDA kernels has ops of the same names and schemas in a namespace of its own.
+#if defined(FASTCONV_EMULATOR)
+STABLE_TORCH_LIBRARY(fastconv_emulated, m) {
+#else
 STABLE_TORCH_LIBRARY(fastconv, m) {
+#endif
   // conv2d: y = bias + input * weight
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, int[2] dilation, int groups, "
@@ -72,7 +77,9 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
       "local_response_norm_backward(Tensor grad_output, Tensor input, int size, float alpha, float beta, float k) -> "
       "Tensor");
 
-  // Calls per kernel since the last reset, in the registry's order.
+  // Calls per kernel since the last reset, in the registry's order: of CPU kernels, and of CUDA kernels.
   m.def("kernel_counts() -> Tensor");
   m.def("reset_kernel_counts() -> ()");
+  m.def("cuda_kernel_counts() -> Tensor");
+  m.def("reset_cuda_kernel_counts() -> ()");
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastconv import functional
+from fastconv import functional, tuning
 from fastconv._report import conversion_report
 from fastconv.convert import convert, revert
 from fastconv.explain import explain
@@ -33,7 +33,8 @@ __all__ = [
     "conversion_report",
     "fuse",
     "patch",
-    # what runs, what ran
+    # what runs, what ran, what runs fastest
+    "tuning",
     "explain",
     "stats",
     "reset_stats",

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastconv._library import cuda_problem, runs_cuda_kernels
+
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
-DEVICES = frozenset({"cpu", "meta"})
+DEVICES = frozenset({"cpu", "meta"} if cuda_problem else {"cpu", "meta", "cuda"})
 
 
 def pair(value: Any) -> tuple[Any, Any] | None:
@@ -62,7 +64,11 @@ def tensor_refusal(function: str, name: str, tensor: Any) -> str | None:
     if tensor.layout is not torch.strided:
         return f"{name} has layout {tensor.layout}, expected torch.strided; call .to_dense() first"
     if tensor.device.type not in DEVICES:
-        return f"{name} is on {tensor.device}, {function} has kernels for the CPU; move it with .cpu()"
+        reason = f"; there are none for CUDA: {cuda_problem}" if tensor.is_cuda else ""
+        where = "the CPU" if cuda_problem else "the CPU and CUDA"
+        return f"{name} is on {tensor.device}, {function} has kernels for {where}; move it with .cpu(){reason}"
+    if tensor.dtype == torch.float64 and runs_cuda_kernels(tensor):
+        return f"{name} is torch.float64, the CUDA kernels compute in float32; convert it with .float()"
     return None
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastconv._library import ops
+from fastconv import tuning
+from fastconv._library import EMULATED, cuda_problem, ops
 
 
 def _direct(overload: Any) -> Any:
@@ -34,14 +35,15 @@ _TYPES = (Tensor, Parameter)  # exactly: a subclass may want to see its operator
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
 _is_tracing = torch._C._is_tracing
+_ON_GPU = cuda_problem is None
 
 
 def _is_plain(input: Any) -> bool:
-    """True if nothing watches or alters calls here, and ``input`` is a batch of images on the CPU."""
+    """True if nothing watches or alters calls here, and ``input`` is a batch of images where there are kernels."""
     return (
         not torch.compiler.is_compiling()
         and type(input) in _TYPES
-        and input.is_cpu
+        and (input.is_cpu or (_ON_GPU and input.is_cuda))
         and input.dim() == 4
         and _dispatch_modes() == 0
         and _functorch_level() is None
@@ -69,9 +71,18 @@ def _are_constants(*tensors: Any) -> bool:
     return True
 
 
+def _is_plain_conv(input: Any) -> bool:
+    """The same for convolutions, which autocast would lower and tuning choose a kernel for."""
+    if not _is_plain(input):
+        return False
+    if input.is_cpu and not EMULATED:
+        return not torch.is_autocast_enabled("cpu")
+    return not torch.is_autocast_enabled(input.device.type) and not tuning.applies(input)
+
+
 def conv2d(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> Tensor | None:
     # _are_constants(weight, bias), in place: this is the call that the overhead is measured on.
-    if not _is_plain(input) or type(weight) not in _TYPES or torch.is_autocast_enabled("cpu"):
+    if not _is_plain_conv(input) or type(weight) not in _TYPES:
         return None
     if bias is not None and type(bias) not in _TYPES:
         return None
@@ -99,7 +110,7 @@ def conv2d_fused(
     groups: Any,
     activation: int,
 ) -> Tensor | None:
-    if not _is_plain(input) or torch.is_autocast_enabled("cpu"):
+    if not _is_plain_conv(input):
         return None
     if not _are_constants(weight, scale, shift, residual):
         return None

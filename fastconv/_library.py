@@ -1,6 +1,10 @@
-"""Loads the native library and gives its ops.
+"""Loads the native libraries and gives their ops.
 
-Everything else in the package reaches the kernels through :data:`ops`.
+Everything else in the package reaches the kernels through :data:`ops`. ``_C_cpu`` holds the operator schemas and the
+CPU kernels and must be there; ``_C_cuda`` adds CUDA kernels for the same operators and is optional.
+
+With ``FASTCONV_EMULATE=1`` the operators are those of ``_C_emulated`` (``make emulated``): the CUDA kernels, run on CPU
+tensors by ``csrc/emulator``, for tests and for study. The variable may also name the library's file.
 """
 
 from __future__ import annotations
@@ -13,6 +17,10 @@ from typing import Any
 import torch
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_EMULATE = os.environ.get("FASTCONV_EMULATE", "")
+
+EMULATED = _EMULATE not in ("", "0")
+NAMESPACE = "fastconv_emulated" if EMULATED else "fastconv"
 
 
 def find_library(stem: str) -> str | None:
@@ -34,8 +42,43 @@ def _load() -> str:
     return path
 
 
+def _load_cuda() -> str | None:
+    """Why there are no CUDA kernels; None if there are."""
+    path = find_library("_C_cuda")
+    if path is None:
+        return (
+            "fastconv's CUDA library _C_cuda is not built; install with FASTCONV_CUDA=1 (or `make cuda` in the source "
+            "folder), which needs nvcc"
+        )
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA; install one with CUDA"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} does not load beside torch {torch.__version__}: {error}"
+    return None
+
+
+def _load_emulated() -> None:
+    path = _EMULATE if os.path.exists(_EMULATE) else find_library("_C_emulated")
+    if path is None:
+        raise ImportError(
+            f"FASTCONV_EMULATE is {_EMULATE!r}, but the library of emulated CUDA kernels is not built; run "
+            "`make emulated` in the source folder, or unset the variable"
+        )
+    torch.ops.load_library(path)
+
+
 library_path = _load()
-ops: Any = torch.ops.fastconv
+cuda_problem = "FASTCONV_EMULATE is set: CUDA kernels run on CPU tensors, emulated" if EMULATED else _load_cuda()
+if EMULATED:
+    _load_emulated()
+ops: Any = getattr(torch.ops, NAMESPACE)
 
 # Calls that were handed to torch, by function: what stats() reports under "torch/...".
 torch_calls: Counter[str] = Counter()
+
+
+def runs_cuda_kernels(tensor: torch.Tensor) -> bool:
+    """True if operators on ``tensor`` are served by CUDA kernels, on a GPU or emulated."""
+    return EMULATED or tensor.is_cuda

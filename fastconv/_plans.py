@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastconv import _C
+from fastconv._library import EMULATED, runs_cuda_kernels
 from fastconv.ops._autograd import suggested_format
 
 _CONV_PASSES = {
@@ -39,17 +40,32 @@ def plan_of(func: Any, args: Sequence[Any], result: Any) -> Plan | None:
     """The plan of ``torch.ops.fastconv.<func>(*args)``; None for operators that are no kernels."""
     op = func._schema.name.split("::")[-1]
     named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    tensor = next((value for value in args if isinstance(value, Tensor)), None)
+    if tensor is None:
+        return None
+    device = "cuda" if runs_cuda_kernels(tensor) else "cpu"
     if op in _CONV_PASSES:
-        return _conv_plan(op, named)
-    if op in _WINDOW_OPS:
-        return _window_plan(op, named)
-    if op.startswith("adaptive_avg_pool2d"):
-        return _adaptive_plan(op, named, result)
-    kernels = [name for name in _C.kernel_names() if name.split("/")[0] == op]
-    return Plan(kernels[0], 0) if kernels else None
+        plan = _conv_plan(op, named, device)
+    elif op in _WINDOW_OPS:
+        plan = _window_plan(op, named, device)
+    elif op.startswith("adaptive_avg_pool2d"):
+        plan = _adaptive_plan(op, named, result, device)
+    else:
+        kernels = [name for name in _C.kernel_names(device) if name.split("/")[0] == op]
+        if not kernels:
+            return None
+        plan = Plan(kernels[0], 0)
+    return replace(plan, kernel=kernel_key(device, plan.kernel))
 
 
-def _conv_plan(op: str, named: dict[str, Any]) -> Plan:
+def kernel_key(device: str, kernel: str) -> str:
+    """A device's kernel as :func:`fastconv.stats` names it: ``"<op>/<algo>"`` on the CPU, with a prefix for CUDA's."""
+    if device == "cpu":
+        return kernel
+    return f"{'emulated' if EMULATED else 'cuda'}/{kernel}"
+
+
+def _conv_plan(op: str, named: dict[str, Any], device: str) -> Plan:
     if op == "conv2d_input_grad":
         operands = named["grad_output"], named["weight"]
         channels = named["weight"].shape[1] * named["groups"]
@@ -73,6 +89,7 @@ def _conv_plan(op: str, named: dict[str, Any]) -> Plan:
         channels_last=suggested_format(*operands) == torch.channels_last,
         dtype=_dtype_name(operands[0]),
         pass_name=_CONV_PASSES[op],
+        device=device,
         algo=named.get("algo"),
     )
     others = tuple(name for name in plan["able"] if name != plan["algo"])
@@ -83,7 +100,7 @@ def _tile_text(tile: Any) -> str | None:
     return None if tile is None else f"{tile['rows']} {tile['rows_are']} x {tile['columns']} {tile['columns_are']}"
 
 
-def _window_plan(op: str, named: dict[str, Any]) -> Plan:
+def _window_plan(op: str, named: dict[str, Any], device: str) -> Plan:
     # Backward operators know the input's plane by its size only.
     tensor: Tensor = next(named[name] for name in ("input", "grad_output", "offsets") if name in named)
     plane = named["input"].shape[2:] if "input" in named else named["input_size"]
@@ -97,16 +114,18 @@ def _window_plan(op: str, named: dict[str, Any]) -> Plan:
         ceil_mode=named.get("ceil_mode", False),
         divisor_override=named.get("divisor_override") is not None,
         dtype=_dtype_name(tensor) if tensor.is_floating_point() else "float32",
+        device=device,
     )
     return Plan(plan["kernel"], plan["flops"])
 
 
-def _adaptive_plan(op: str, named: dict[str, Any], result: Tensor) -> Plan:
+def _adaptive_plan(op: str, named: dict[str, Any], result: Tensor, device: str) -> Plan:
     backward = op.endswith("_backward")
     cells = named["grad_output"].shape[2:] if backward else result.shape[2:]
     whole = result if backward else named["input"]
     # One addition for each element of the larger side.
-    return Plan(f"{op}/{'global' if tuple(cells) == (1, 1) else 'rows'}", whole.numel())
+    windows = "windows" if device == "cuda" else "rows"
+    return Plan(f"{op}/{'global' if tuple(cells) == (1, 1) else windows}", whole.numel())
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -1,7 +1,8 @@
 """Which backend serves a call, and why the others do not.
 
-Today one backend has kernels, ``"cpu"``. What it refuses goes to torch, visibly: :func:`fastconv.stats` counts such
-calls under ``"torch/..."``. The reasons are those of :mod:`fastconv.functional` itself, asked on tensors without data.
+A tensor's device decides: ``"cpu"``, or ``"cuda"`` where the library ``_C_cuda`` is built and torch has CUDA. What a
+backend refuses goes to torch, visibly: :func:`fastconv.stats` counts such calls under ``"torch/..."``. The reasons are
+those of :mod:`fastconv.functional` itself, asked on tensors without data.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from fastconv import _arguments, functional
+from fastconv._library import cuda_problem, runs_cuda_kernels
 
 BACKENDS = ("cpu", "cuda", "triton")
 
@@ -41,7 +43,7 @@ def unavailable(backend: str) -> str | None:
     if backend == "cpu":
         return None
     if backend == "cuda":
-        return "fastconv has no CUDA kernels yet; move the tensors with .cpu(), or keep torch.nn's layers on the GPU"
+        return cuda_problem or (None if torch.cuda.is_available() else "torch finds no CUDA device")
     if backend == "triton":
         return "fastconv has no Triton kernels yet; use the CPU kernels, or torch.nn's layers on the GPU"
     raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
@@ -83,9 +85,12 @@ def can_run(function: str, *args: Any, **kwargs: Any) -> Refusal | None:
 
 
 def choose(function: str, *args: Any, **kwargs: Any) -> tuple[str, Refusal | None]:
-    """``("cpu", None)``, or ``("torch", refusal)`` for a call that no kernel serves."""
+    """``("cpu", None)`` or ``("cuda", None)``, or ``("torch", refusal)`` for a call that no kernel serves."""
     refusal = can_run(function, *args, **kwargs)
-    return ("cpu", None) if refusal is None else ("torch", refusal)
+    if refusal is not None:
+        return "torch", refusal
+    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return ("cuda" if runs_cuda_kernels(first) else "cpu"), None
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def doctor() -> int:
     _line("_C_cpu", library_path)
     _line("_C", str(_C.__file__))
     cuda = find_library("_C_cuda")
-    _line("_C_cuda", cuda or "not built, which is fine: this release has CPU kernels only")
+    _line("_C_cuda", cuda or "not built, which is fine without a GPU")
     for name in BACKENDS:
         _line(f"backend {name}", unavailable(name) or "has kernels")
     _section("kernels")

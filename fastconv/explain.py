@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastconv import _C
+from fastconv._library import EMULATED, NAMESPACE
 from fastconv._plans import Plan, plan_of
 from fastconv.backends import Refusal, intercepted
 
@@ -27,7 +28,7 @@ __all__ = ["Explanation", "PlannedCall", "explain"]
 _sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 # Not hops of a call: this module's own, and the helper that leaves out autograd.
-_NOT_HOPS = frozenset({__name__, "fastconv._plans", "fastconv.backends", "fastconv.ops._autograd"})
+_NOT_HOPS = frozenset({__name__, "fastconv._plans", "fastconv.backends", "fastconv.ops._autograd", "fastconv.tuning"})
 
 # torch's own operators that do a layer's arithmetic: shown, so that a report of a whole model has no gaps.
 _TORCH_ARITHMETIC = frozenset({
@@ -90,6 +91,7 @@ class Explanation:
     calls: tuple[PlannedCall, ...]
     isa: str
     threads: int
+    device: str = "cpu"
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -112,7 +114,7 @@ class Explanation:
         return f"<Explanation of {len(self.calls)} calls, {_count(self.flops)}FLOP>"
 
     def __str__(self) -> str:
-        where = f"instruction set {self.isa}, {self.threads} threads"
+        where = f"instruction set {self.isa}, {self.threads} threads" if self.device == "cpu" else self.device
         if not self.calls:
             return f"{where}\nno layer of this call does arithmetic that fastconv knows"
         if len({call.layer for call in self.calls}) == 1:
@@ -154,6 +156,7 @@ def explain(
     *input_shapes: Sequence[int],
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format | str | None = None,
+    device: torch.device | str = "cpu",
     backward: bool = False,
     quiet: bool = False,
 ) -> Explanation:
@@ -164,6 +167,7 @@ def explain(
         input_shapes: shape of each input tensor, batch first.
         dtype: of the inputs.
         memory_format: ``torch.channels_last`` or ``"channels_last"`` for inputs in that format; contiguous if None.
+        device: of the inputs; ``call``'s parameters must be there too.
         backward: also the gradients of the inputs and parameters.
         quiet: return without printing.
 
@@ -193,7 +197,7 @@ def explain(
     # Real parameters become fakes as they meet the input.
     with intercepted(watcher.by_torch), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = [
-            torch.empty(tuple(shape), dtype=dtype).to(
+            torch.empty(tuple(shape), dtype=dtype, device=device).to(
                 memory_format=layout if len(shape) == 4 else torch.contiguous_format
             )
             for shape in input_shapes
@@ -209,10 +213,16 @@ def explain(
                 outputs = call(*inputs)
             if backward:
                 _run_backward(call, inputs, outputs)
-    explanation = Explanation(tuple(watcher.calls), _C.active_isa(), torch.get_num_threads())
+    explanation = Explanation(tuple(watcher.calls), _C.active_isa(), torch.get_num_threads(), _device_name(device))
     if not quiet:
         print(explanation)
     return explanation
+
+
+def _device_name(device: torch.device | str) -> str:
+    if EMULATED:
+        return "CUDA kernels, emulated on the CPU"
+    return "cpu" if torch.device(device).type == "cpu" else str(device)
 
 
 def _run_backward(call: Any, inputs: list[Tensor], outputs: Any) -> None:
@@ -267,7 +277,7 @@ class _Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "fastconv":
+        if func.namespace == NAMESPACE:
             plan = plan_of(func, args, result)
             if plan is not None:
                 self.record(func._schema.name, args, result, plan, None)

@@ -13,6 +13,9 @@ Kinds of library:
 * ``address``: AddressSanitizer and UBSan; the process must have started with libasan preloaded.
 * ``planted``: plain, compiled without optimisation.
 * ``ucontext``: plain, with the context switch of machines other than x86-64.
+* ``debug``: plain, not optimised; for gdb.
+
+As a script it builds the library behind ``FASTCONV_EMULATE=1``: ``python tests/emulator_library.py [KIND]``.
 """
 
 from __future__ import annotations
@@ -25,12 +28,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from emulator_problems import ConvProblem as ConvProblem
+from emulator_problems import DType as DType
+from emulator_problems import Layout as Layout
+from emulator_problems import PoolProblem as PoolProblem
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +83,7 @@ KINDS = {
     # Quick to compile: for kernels with planted bugs.
     "planted": Kind(("-O0",)),
     "ucontext": Kind(("-O2",), fiber_flags=("-DFASTCONV_EMULATOR_UCONTEXT",)),
+    "debug": Kind(("-Og",)),
 }
 
 
@@ -136,27 +145,44 @@ def declared_launchers() -> dict[tuple[str, str], Path]:
     }
 
 
-def build_ops(sources: Iterable[str | Path]) -> Path:
+HOST_SOURCES = ["csrc/ops.cpp", "csrc/common/checks.cpp", "csrc/cuda_support/registry.cpp"]
+
+
+def build_ops(sources: Iterable[str | Path] | None = None, kind: str = "plain") -> Path:
     """A library of torch ops over emulated kernels: `.cu` files and host functions (``csrc/cuda_support/host.h``).
 
     Load it with ``torch.ops.load_library``; its ops are in ``torch.ops.fastconv_emulated`` and take CPU tensors.
+    Without ``sources`` it holds all ops of the package: ``FASTCONV_EMULATE=PATH`` then runs fastconv on it.
     """
-    host = [*sources, "csrc/common/checks.cpp"]
+    if sources is None:
+        sources = [*kernel_sources(), *HOST_SOURCES, *sorted(ROOT.glob("csrc/*/cuda.cpp"))]
+    return build_file(sources, kind, torch_ops=True)
+
+
+def _torch_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the compiler, for files that include torch's headers, and of the linker."""
     include = [f"-isystem{folder}" for folder in cpp_extension.include_paths("cpu")]
     libraries = cpp_extension.library_paths("cpu")
     links = [*(f"-L{folder}" for folder in libraries), *(f"-Wl,-rpath,{folder}" for folder in libraries)]
-    KINDS["ops"] = Kind(
-        ("-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", *include),
-        link_flags=(*links, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
+    return (
+        ("-DTORCH_TARGET_VERSION=0x020a000000000000", *include),
+        (*links, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
     )
-    return build_file(host, "ops")
 
 
 def build_file(
-    sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[str] = (), overlay: Path | None = None
+    sources: Iterable[str | Path],
+    kind: str = "plain",
+    defines: Sequence[str] = (),
+    torch_ops: bool = False,
+    overlay: Path | None = None,
 ) -> Path:
-    """``build`` without loading: the library's path. Files below ``overlay`` take the place of those of ``csrc``."""
+    """``build`` without loading: the library's path.
+
+    ``torch_ops``: `.cpp` files include torch's headers. Files below ``overlay`` take the place of those of ``csrc``.
+    """
     chosen = KINDS[kind]
+    torch_flags, link_flags = _torch_flags() if torch_ops else ((), ())
     places = [overlay, ROOT] if overlay else [ROOT]
     kernels = sorted(
         next(place / source for place in places if (place / source).exists()).resolve() for source in sources
@@ -168,14 +194,14 @@ def build_file(
         kernel_flags += (f"-iquote{overlay / 'csrc'}",)  # before every -I
     jobs = [(source, chosen.emulator_flags) for source in emulator if source.stem != "fiber"]
     jobs += [(EMULATOR / "fiber.cpp", (*chosen.emulator_flags, *chosen.fiber_flags))]
-    jobs += [(source, kernel_flags) for source in kernels]
+    jobs += [(source, (*kernel_flags, *(torch_flags if source.suffix == ".cpp" else ()))) for source in kernels]
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist's workers build the same files
-        return _build_locked(jobs, root, kind)
+        return _build_locked(jobs, root, kind, (*chosen.link_flags, *link_flags))
 
 
-def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: str) -> Path:
+def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: str, link_flags: tuple[str, ...]) -> Path:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         objects = list(pool.map(lambda job: _compile(job[0], job[1], root), jobs))
     library = root / f"libfastconv_emulated_{kind}_{_digest(map(str, objects))}.so"
@@ -184,93 +210,14 @@ def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: st
         command = [
             os.environ.get("CXX", "g++"),
             "-shared",
-            *KINDS[kind].link_flags,
             *map(str, objects),
+            *link_flags,
             "-o",
             str(fresh),
         ]
         subprocess.run([*command, "-pthread", "-ldl"], check=True)
         fresh.replace(library)
     return library
-
-
-# ---------------------------------------------------------------- problems (csrc/common/problem.h)
-
-
-class DType(enum.IntEnum):
-    float32, float64, float16, bfloat16 = range(4)
-
-
-class Layout(enum.IntEnum):
-    nchw, nhwc = range(2)
-
-
-def _dtype_and_layout(tensor: torch.Tensor) -> tuple[int, int]:
-    dtype = DType[str(tensor.dtype).removeprefix("torch.")]
-    contiguous = tensor.is_contiguous()
-    if not contiguous and not tensor.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"a tensor of strides {tensor.stride()}, expected a dense one; call .contiguous()")
-    return dtype, Layout.nchw if contiguous else Layout.nhwc
-
-
-class Size2(ctypes.Structure):
-    _fields_ = [("h", ctypes.c_int64), ("w", ctypes.c_int64)]
-
-
-class Pad4(ctypes.Structure):
-    _fields_ = [(side, ctypes.c_int64) for side in ("top", "left", "bottom", "right")]
-
-
-class ConvProblem(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in "nchwkrs"),
-        ("stride", Size2),
-        ("dilation", Size2),
-        ("padding", Pad4),
-        ("groups", ctypes.c_int64),
-        ("layout", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-    ]
-
-    @classmethod
-    def of(
-        cls,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        groups: int = 1,
-    ) -> ConvProblem:
-        """Of an input (N, C, H, W), a weight (K, C / groups, R, S) and padding (top, left, bottom, right)."""
-        dtype, layout = _dtype_and_layout(x)
-        k, _, r, s = weight.shape
-        return cls(*x.shape, k, r, s, Size2(*stride), Size2(*dilation), Pad4(*padding), groups, layout, dtype)
-
-
-class PoolProblem(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in "nchwrs"),
-        ("stride", Size2),
-        ("dilation", Size2),
-        ("padding", Size2),
-        ("ceil_mode", ctypes.c_bool),
-        ("layout", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-    ]
-
-    @classmethod
-    def of(
-        cls,
-        x: torch.Tensor,
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        ceil_mode: bool = False,
-    ) -> PoolProblem:
-        dtype, layout = _dtype_and_layout(x)
-        return cls(*x.shape, *kernel, Size2(*stride), Size2(*dilation), Size2(*padding), ceil_mode, layout, dtype)
 
 
 # ---------------------------------------------------------------- calling
@@ -383,3 +330,9 @@ def _as_c(word: str, argument: Argument) -> ctypes.Structure | ctypes._SimpleCDa
         return (ctypes.c_float if size == 4 else ctypes.c_double)(argument)
     sizes = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
     return sizes[size](int(argument))
+
+
+if __name__ == "__main__":
+    target = ROOT / "fastconv" / "_C_emulated.abi3.so"
+    shutil.copyfile(build_ops(kind=sys.argv[1] if len(sys.argv) > 1 else "plain"), target)
+    print(f"{target}: FASTCONV_EMULATE=1 runs fastconv on it")

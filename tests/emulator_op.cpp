@@ -9,7 +9,7 @@ void launch_scale(const PoolProblem& p, const void* x, void* y, double factor, c
 namespace {
 
 Tensor scale(const Tensor& input, double factor) {
-  require_on_device("scale", "input", input, 4, input);
+  require_rank("scale", "input", input, 4);
   const OnDevice device(input);
   const Layout layout = layout_of(input);
   PoolProblem p{};

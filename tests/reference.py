@@ -10,6 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastconv.ops import conv2d as ops
+from fastconv.stats import stats
+
+
+def kernel_counts() -> dict[str, int]:
+    """:func:`fastconv.stats` with "<op>/<algo>" for the kernels of any device, also of the emulated one."""
+    return {name.removeprefix("cuda/").removeprefix("emulated/"): count for name, count in stats().items()}
+
 
 GUARD = 37  # odd: guarded tensors are never aligned to a vector
 

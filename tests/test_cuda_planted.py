@@ -99,7 +99,7 @@ DEPTHWISE = [
     Bug("depthwise/cuda_channels.cu", "column + q >= pass.w.out", "false"),
     Bug("depthwise/cuda_weight_grad_planes.cu", "ptx::cp_async_wait_group<1>();", "ptx::cp_async_wait_group<2>();"),
     Bug("depthwise/cuda_weight_grad_planes.cu", "blocks.channels == 1 ? kPlaneThreads : per_channel", "kPlaneThreads"),
-    Bug("depthwise/cuda_weight_grad_channels.cu", "first_channel + own < channels", "true"),
+    Bug("depthwise/cuda_weight_grad_channels.cu", "first_channel + own < static_cast<unsigned>(channels)", "true"),
     Bug("depthwise/cuda_launch.cu", "slots(forward_pass(p)) * p.c * p.r * p.s", "p.c * p.r * p.s"),
 ]
 STEM = [

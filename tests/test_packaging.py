@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = next(iter(sorted((ROOT / "fastconv").glob("_C_cpu*.so"))), None)
@@ -30,7 +31,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md", "Makefile"):
         shutil.copy(ROOT / name, copy)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("csrc", "fastconv", "triton_kernels", "tests", "benchmarks", "examples"):
+    for name in ("build_tools", "csrc", "fastconv", "triton_kernels", "tests", "benchmarks", "examples"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     return copy
 
@@ -75,7 +76,7 @@ def test_sdist_needs_no_torch_and_holds_all_that_a_build_reads(checkout, torch_o
         shipped = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = {
         str(path.relative_to(ROOT))
-        for folder in ("csrc", "triton_kernels", "fastconv")
+        for folder in ("build_tools", "csrc", "triton_kernels", "fastconv")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in {".so", ".pyc"}
     }
@@ -129,6 +130,56 @@ def test_missing_build_requirements_are_named(checkout, torch_out_of_reach):
     assert result.returncode != 0
     assert "torch is not installed" in result.stderr
     assert "pip install torch pybind11 ninja" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("FASTCONV_CUDA", "yes", "FASTCONV_CUDA is 'yes', expected 1 (with CUDA kernels) or 0 (without)"),
+        ("FASTCONV_ONLY", "_C_gpu", "FASTCONV_ONLY is '_C_gpu', expected one of _C_cpu, _C, _C_cuda"),
+    ],
+)
+def test_a_wrong_choice_of_libraries_is_named(checkout, variable, value, expected):
+    result = setup_py(checkout, "build_ext", env={**os.environ, variable: value})
+    assert result.returncode != 0
+    assert expected in result.stderr
+
+
+def test_a_toolkit_that_is_not_there_is_named(checkout, tmp_path):
+    environment = {**os.environ, "FASTCONV_CUDA": "1", "FASTCONV_ONLY": "_C_cuda", "CUDA_HOME": str(tmp_path)}
+    result = setup_py(checkout, "build_ext", env=environment)
+    assert result.returncode != 0
+    assert f"CUDA_HOME is '{tmp_path}', but {tmp_path}/bin/nvcc does not exist" in result.stderr
+    assert "FASTCONV_CUDA=0 builds without the CUDA kernels" in result.stderr
+
+
+def test_cuda_kernels_without_nvcc_are_refused_with_the_remedy(monkeypatch):
+    module = load_setup_py()
+    monkeypatch.setattr(module.nvcc, "find_toolkit", lambda: None)
+    with pytest.raises(module.CompileError, match="there is no nvcc.*make cuda.*nvidia-cuda-nvcc.*CUDA_HOME"):
+        module.cuda_toolkit()
+
+
+@pytest.mark.parametrize("wish", ["", "0", "1"])
+@pytest.mark.parametrize("toolkit", ["none", "one", "too old"])
+@pytest.mark.parametrize("torchs_cuda", [None, "13.0"])
+def test_when_the_cuda_library_is_built(monkeypatch, wish, toolkit, torchs_cuda):
+    module = load_setup_py()
+
+    def find_toolkit() -> object:
+        if toolkit == "too old":
+            raise module.nvcc.ToolkitError("nvcc is of CUDA 11.8")
+        return None if toolkit == "none" else toolkit
+
+    monkeypatch.setenv("FASTCONV_CUDA", wish)
+    monkeypatch.delenv("FASTCONV_ONLY", raising=False)
+    monkeypatch.setattr(module.nvcc, "find_toolkit", find_toolkit)
+    monkeypatch.setattr(torch.version, "cuda", torchs_cuda)
+    everything = [module.OPERATORS, module.INTROSPECTION, module.CUDA]
+    wanted = wish == "1" or (wish == "" and toolkit == "one" and torchs_cuda is not None)
+    assert module.wanted_extensions(everything) == (everything if wanted else everything[:2])
+    monkeypatch.setenv("FASTCONV_ONLY", "_C")
+    assert module.wanted_extensions(everything) == [module.INTROSPECTION]
 
 
 def test_short_memory_means_fewer_compilers(monkeypatch):

@@ -11,9 +11,30 @@ std::ostream& operator<<(std::ostream& out, ShapeText shape) {
   return out << ')';
 }
 
-void require_cpu(const char* op, const char* name, const Tensor& tensor, int64_t rank) {
-  require(tensor.is_cpu(), op, ": ", name, " is not on the CPU; move all tensors of the call to one device");
+void require_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank) {
   require(tensor.dim() == rank, op, ": ", name, " has shape ", ShapeText{tensor}, ", expected ", rank, " dimensions");
+}
+
+namespace {
+
+struct DeviceText {
+  const Tensor& tensor;
+};
+
+std::ostream& operator<<(std::ostream& out, DeviceText text) {
+  if (text.tensor.is_cpu()) return out << "the CPU";
+  if (text.tensor.is_cuda()) return out << "CUDA device " << text.tensor.get_device_index();
+  return out << "another device";
+}
+
+}  // namespace
+
+void require_same_device(const char* op, const Tensor& first, const char* name, const Tensor& tensor) {
+  const bool same = first.is_cpu() ? tensor.is_cpu()
+                                   : first.is_cuda() == tensor.is_cuda() && !tensor.is_cpu() &&
+                                         first.get_device_index() == tensor.get_device_index();
+  require(same, op, ": ", name, " is on ", DeviceText{tensor}, ", expected ", DeviceText{first},
+          ", where the other operands are; move all tensors of the call to one device");
 }
 
 void require_same_dtype(const char* op, const Tensor& input, const char* name, const Tensor& other) {
@@ -75,8 +96,14 @@ Tensor dense(const Tensor& tensor, Layout layout) {
 }
 
 Tensor empty_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, Layout layout) {
+  return empty_output(like, like.scalar_type(), n, c, h, w, layout);
+}
+
+Tensor empty_output(const Tensor& like, ScalarType dtype, int64_t n, int64_t c, int64_t h, int64_t w, Layout layout) {
   const int64_t sizes[4] = {n, c, h, w};
-  return torch::stable::empty({sizes, 4}, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+  std::optional<torch::stable::Device> device;  // none: the CPU
+  if (!like.is_cpu()) device = like.device();
+  return torch::stable::empty({sizes, 4}, dtype, std::nullopt, device, std::nullopt,
                               layout == Layout::nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 

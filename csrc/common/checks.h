@@ -38,8 +38,10 @@ void require(bool condition, const Parts&... parts) {
     throw std::runtime_error(message(parts...));
 }
 
-/// Raises unless the tensor is on the CPU and of `rank` dimensions.
-void require_cpu(const char* op, const char* name, const Tensor& tensor, int64_t rank);
+/// Raises unless the tensor is of `rank` dimensions.
+void require_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank);
+/// Raises unless the tensor is on the device of `first`, the operand that the dispatcher went by.
+void require_same_device(const char* op, const Tensor& first, const char* name, const Tensor& tensor);
 void require_same_dtype(const char* op, const Tensor& input, const char* name, const Tensor& other);
 void require_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> wanted);
 
@@ -52,8 +54,11 @@ inline Layout layout_of(const Tensor& tensor) { return suggests_channels_last(te
 /// The tensor itself if it is dense in `layout`, else a copy that is.
 Tensor dense(const Tensor& tensor, Layout layout);
 
-/// Uninitialised (n, c, h, w) tensor on the CPU, dense in `layout`.
+/// Uninitialised (n, c, h, w) tensor of the dtype and on the device of `like`, dense in `layout`.
 Tensor empty_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, Layout layout);
+/// The same in another dtype.
+Tensor empty_output(const Tensor& like, torch::headeronly::ScalarType dtype, int64_t n, int64_t c, int64_t h, int64_t w,
+                    Layout layout);
 
 /// Strides, paddings, dilations and kernel sizes beyond it have no use, and sums of their products would overflow.
 inline constexpr int64_t kLargestStep = (int64_t{1} << 31) - 1;

@@ -1,29 +1,18 @@
 #include "common/registry.h"
 
-#include <atomic>
-
-#include "common/checks.h"
+#include "common/call_counts.h"
 
 namespace fastconv {
 namespace {
 
-std::atomic<int64_t> calls[kKernelCount];
+CallCounts<Kernel> counts;
 
-Tensor kernel_counts() {
-  const int64_t sizes[1] = {kKernelCount};
-  Tensor counts = torch::stable::empty({sizes, 1}, torch::headeronly::ScalarType::Long);
-  auto* values = static_cast<int64_t*>(counts.mutable_data_ptr());
-  for (int32_t i = 0; i < kKernelCount; ++i) values[i] = calls[i].load(std::memory_order_relaxed);
-  return counts;
-}
-
-void reset_kernel_counts() {
-  for (auto& count : calls) count.store(0, std::memory_order_relaxed);
-}
+Tensor kernel_counts() { return counts.read(); }
+void reset_kernel_counts() { counts.reset(); }
 
 }  // namespace
 
-void count_call(Kernel kernel) { calls[static_cast<int32_t>(kernel)].fetch_add(1, std::memory_order_relaxed); }
+void count_call(Kernel kernel) { counts.add(kernel); }
 
 }  // namespace fastconv
 

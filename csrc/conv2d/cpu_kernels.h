@@ -5,6 +5,7 @@
 #include "conv2d/cpu_pixel_lanes.h"
 #include "conv2d/cpu_rows.h"
 #include "conv2d/cpu_weight_grad.h"
+#include "conv2d/cpu_winograd.h"
 
 namespace fastconv {
 namespace {
@@ -67,6 +68,12 @@ inline constexpr Conv2dKernels kConv2dKernels = {
       });
     },
     [](const GemmConv& p, DType dtype) { for_dtype(dtype, [&](auto type) { convolve_rows<decltype(type)>(p); }); },
+    [](const GemmConv& p, Layout layout, DType dtype) {
+      for_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        if constexpr (!__is_same(T, double)) convolve_winograd<T>(p, layout);
+      });
+    },
     [](const GemmWeightGrad& p, DType dtype) {
       for_dtype(dtype, [&](auto type) { weight_grad_tiled<decltype(type)>(p); });
     },

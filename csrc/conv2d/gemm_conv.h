@@ -66,6 +66,8 @@ struct Conv2dKernels {
   /// Products of one call that differ in their taps and output grids alone.
   void (*tiled)(const GemmConv*, int64_t count, Layout, DType);
   void (*rows)(const GemmConv&, DType);  // Layout::nchw only
+  /// One group, taps within 3x3, step 1; no float64.
+  void (*winograd)(const GemmConv&, Layout, DType);
   void (*tiled_weight_grad)(const GemmWeightGrad&, DType);
   /// out[k] = sum over n, h, w of grad[n, k, h, w]; `grad` dense in `layout`.
   void (*bias_grad)(const void* grad, void* out, int64_t n, int64_t k, int64_t plane, Layout, DType);

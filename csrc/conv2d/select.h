@@ -1,29 +1,10 @@
-// Which kernel serves a convolution, and why the others do not. No torch here: the host functions and the introspection
-// module ask the same question and must get the same answer.
+// Which CPU kernel serves a convolution, and why the others do not.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-#include <string_view>
-
-#include "common/problem.h"
 #include "common/registry.h"
+#include "conv2d/candidates.h"
 
 namespace fastconv {
-
-enum class ConvPass { forward, input_grad, weight_grad };
-
-/// A kernel of each pass, by algorithm; the order is the order of preference.
-struct ConvCandidate {
-  std::string_view algo;
-  Kernel forward, input_grad, weight_grad;
-  /// Null if the kernel can serve the problem, else the reason it refuses.
-  const char* (*refuse)(const ConvProblem&, ConvPass);
-  /// Null if the kernel is worth choosing when nobody asks for it by name, else why a later candidate does better.
-  const char* (*avoid)(const ConvProblem&, ConvPass);
-};
-
-inline const char* refuse_nothing(const ConvProblem&, ConvPass) { return nullptr; }
 
 inline const char* refuse_rows(const ConvProblem& p, ConvPass) {
   return p.layout == Layout::nchw ? nullptr : "it reads NCHW";
@@ -54,7 +35,33 @@ inline const char* avoid_rows(const ConvProblem& p, ConvPass pass) {
   return wasted < unfolding ? nullptr : "its cut rows would waste more than im2col costs";
 }
 
-inline constexpr ConvCandidate kConvCandidates[] = {
+inline const char* refuse_winograd(const ConvProblem& p, ConvPass pass) {
+  if (pass == ConvPass::weight_grad) return nullptr;
+  if (p.dtype == DType::f64) return "its error is for float32 and shorter types";
+  if (p.r != 3 || p.s != 3) return "it needs a 3x3 kernel";
+  if (p.stride.h != 1 || p.stride.w != 1 || p.dilation.h != 1 || p.dilation.w != 1)
+    return "it needs stride 1 and dilation 1";
+  if (p.groups != 1) return "it needs groups == 1";
+  return nullptr;
+}
+
+/// A quarter of the products, for transforms of inputs, outputs and, in every call, filters. Measured;
+/// csrc/conv2d/README.md.
+inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
+  if (pass == ConvPass::weight_grad) return "its weight gradient is that of tiled";
+  const bool forward = pass == ConvPass::forward;
+  const int64_t rows = forward ? p.p() : p.h, columns = forward ? p.q() : p.w;
+  if (p.c < 32 || p.k < 32) return "fewer than 32 channels do not pay for the transforms of inputs and outputs";
+  if (max_of(p.c, p.k) > 512) return "sums of more than 512 channels would stray further than 2e-5 of their RMS";
+  if (p.n * rows * columns < 600) return "fewer than 600 pixels do not pay for the transform of the filters";
+  if (2 * round_up(rows, 4) * round_up(columns, 4) > 3 * rows * columns)
+    return "its 4x4 tiles would hang over the edge";
+  return nullptr;
+}
+
+inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
+    {"winograd", Kernel::conv2d_winograd, Kernel::conv2d_input_grad_winograd, Kernel::conv2d_weight_grad_tiled,
+     &refuse_winograd, &avoid_winograd},
     {"depthwise", Kernel::depthwise, Kernel::depthwise_input_grad, Kernel::depthwise_weight_grad,
      [](const ConvProblem& problem, ConvPass) -> const char* {
        return problem.is_depthwise() ? nullptr : "it needs groups == in_channels, and more than one";
@@ -68,32 +75,15 @@ inline constexpr ConvCandidate kConvCandidates[] = {
      &refuse_nothing},
 };
 
-inline Kernel kernel_of(const ConvCandidate& candidate, ConvPass pass) {
-  switch (pass) {
-    case ConvPass::forward:
-      return candidate.forward;
-    case ConvPass::input_grad:
-      return candidate.input_grad;
-    case ConvPass::weight_grad:
-      return candidate.weight_grad;
-  }
-  throw std::logic_error("unknown pass");
-}
-
-/// The kernel called `algo`, or when `algo` is empty the first that neither refuses nor is to be avoided. Throws
-/// std::runtime_error if there is no such kernel or it refuses.
+/// `algo` may also be "direct": whatever is best without Winograd, whose rounding errors are up to twice as large and
+/// which lets an infinite or NaN input spread over 4x4 outputs.
 inline Kernel select_conv2d(const ConvProblem& problem, ConvPass pass, std::string_view algo) {
-  std::string known;
-  for (const ConvCandidate& candidate : kConvCandidates) {
-    if (!algo.empty() && candidate.algo != algo) continue;
-    const char* reason = candidate.refuse(problem, pass);
-    if (reason == nullptr && algo.empty()) reason = candidate.avoid(problem, pass);
-    if (reason == nullptr) return kernel_of(candidate, pass);
-    if (!algo.empty()) throw std::runtime_error("conv2d: algo=\"" + std::string(algo) + "\" refuses: " + reason);
+  if (algo == "direct") {
+    for (const ConvCandidate<Kernel>& candidate : kConvCandidates)
+      if (candidate.algo != "winograd" && !candidate.refuse(problem, pass) && !candidate.avoid(problem, pass))
+        return candidate.kernel(pass);
   }
-  for (const ConvCandidate& candidate : kConvCandidates)
-    known += (known.empty() ? "" : ", ") + std::string(candidate.algo);
-  throw std::runtime_error("conv2d: there is no algo \"" + std::string(algo) + "\"; choose one of " + known);
+  return select_conv2d(kConvCandidates, problem, pass, algo);
 }
 
 }  // namespace fastconv

@@ -14,8 +14,10 @@
 
 #if defined(FASTCONV_EMULATOR)
 /// FASTCONV_CUDA_LIBRARY(m) { m.impl("max_pool2d", TORCH_BOX(&max_pool2d)); }
+#define FASTCONV_CUDA_NAMESPACE fastconv_emulated
 #define FASTCONV_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fastconv_emulated, CPU, m)
 #else
+#define FASTCONV_CUDA_NAMESPACE fastconv
 #define FASTCONV_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fastconv, CUDA, m)
 
 // Every CUDA build of torch exports it; torch's own declaration stands behind USE_CUDA, which wants CUDA's headers.
@@ -45,19 +47,15 @@ class OnDevice {
 #endif
 };
 
-/// Raises unless the tensor is where these kernels run and of `rank` dimensions; `with` is the first operand.
-inline void require_on_device(const char* op, const char* name, const Tensor& tensor, int64_t rank,
-                              const Tensor& with) {
-  require(tensor.dim() == rank, op, ": ", name, " has ", tensor.dim(), " dimensions, expected ", rank);
-#if defined(FASTCONV_EMULATOR)
-  require(tensor.is_cpu(), op, ": ", name, " is not on the CPU, where emulated kernels run; call .cpu()");
-  (void)with;
-#else
-  require(tensor.is_cuda(), op, ": ", name, " is not on a CUDA device, expected device ", with.get_device(),
-          "; call .cuda()");
-  require(tensor.get_device() == with.get_device(), op, ": ", name, " is on CUDA device ", tensor.get_device(),
-          ", the other operands on ", with.get_device(), "; move them to one device");
-#endif
-}
+/// float32 scratch memory from torch's allocator: in stream order, so a CUDA graph may capture it.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t floats)
+      : tensor_(torch::stable::new_empty(like, {&floats, 1}, torch::headeronly::ScalarType::Float)) {}
+  float* floats() { return static_cast<float*>(tensor_.mutable_data_ptr()); }
+
+ private:
+  Tensor tensor_;
+};
 
 }  // namespace fastconv::cuda

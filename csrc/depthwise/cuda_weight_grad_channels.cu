@@ -49,11 +49,11 @@ __global__ void __launch_bounds__(kChannelThreads, channel_blocks_per_sm(kWindow
       for (int v = 0; v < kV; ++v) shared[s * kV * threads + thread * kV + v] = sum[r * kWindow + s][v];
     __syncthreads();
     for (unsigned i = thread; i < static_cast<unsigned>(kWindow * width); i += threads) {
-      const int s = static_cast<int>(i / width), own = static_cast<int>(i % width);
+      const unsigned s = i / width, own = i % width;
       float total = 0;
 #pragma unroll 1
       for (unsigned y = 0; y < blockDim.y; ++y) total += shared[s * kV * threads + y * width + own];
-      if (first_channel + own < channels) partial[own * Shape::kTaps + r * kWindow + s] = total;
+      if (first_channel + own < static_cast<unsigned>(channels)) partial[own * Shape::kTaps + r * kWindow + s] = total;
     }
   }
 }

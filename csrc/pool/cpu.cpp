@@ -1,321 +1,73 @@
-// Host functions of the pooling ops on the CPU: check, describe the problem, launch.
-#include <iterator>
-#include <optional>
-#include <tuple>
-#include <utility>
-
-#include "common/checks.h"
+// The pooling ops on the CPU, through the table of the active instruction set.
 #include "common/kernel_table.h"
 #include "common/registry.h"
 #include "pool/average_plan.h"
+#include "pool/host.h"
 
 namespace fastconv {
 namespace {
 
 FASTCONV_KERNEL_TABLE(pool_kernels)
 
-/// Window, stride, padding and dilation, checked; shapes are still to come.
-PoolProblem problem_of(const char* op, const IntList& kernel, const IntList& stride, const IntList& padding,
-                       const IntList& dilation, bool ceil_mode) {
-  PoolProblem p{};
-  const Size2 window = size2(op, "kernel", kernel, 1);
-  p.r = window.h, p.s = window.w;
-  p.stride = size2(op, "stride", stride, 1);
-  p.padding = size2(op, "padding", padding, 0);
-  p.dilation = size2(op, "dilation", dilation, 1);
-  p.ceil_mode = ceil_mode;
-  require(p.padding.h <= p.r / 2 && p.padding.w <= p.s / 2, op, ": padding is (", p.padding.h, ", ", p.padding.w,
-          "), expected at most half of the kernel, (", p.r / 2, ", ", p.s / 2,
-          "); pad the input itself with torch.nn.functional.pad for more");
-  return p;
-}
-
-void set_input(const char* op, PoolProblem& p, int64_t n, int64_t c, int64_t h, int64_t w) {
-  p.n = n, p.c = c, p.h = h, p.w = w;
-  require(c > 0 && h > 0 && w > 0, op, ": input has shape (", n, ", ", c, ", ", h, ", ", w,
-          "), expected channels, height and width of at least 1; only the batch may be empty");
-  require(p.p() >= 1 && p.q() >= 1, op, ": the window spans ", p.dilation.h * (p.r - 1) + 1, " x ",
-          p.dilation.w * (p.s - 1) + 1, ", more than the padded input, ", h + 2 * p.padding.h, " x ",
-          w + 2 * p.padding.w, "; use a smaller kernel or dilation, or more padding");
-}
-
-torch::headeronly::ScalarType offset_type(const PoolProblem& p) {
-  return offsets_fit_byte(p) ? torch::headeronly::ScalarType::Byte : torch::headeronly::ScalarType::Int;
-}
-
-/// Uninitialised output of the problem's shape in another dtype.
-Tensor empty_of(const PoolProblem& p, torch::headeronly::ScalarType dtype) {
-  const int64_t sizes[4] = {p.n, p.c, p.p(), p.q()};
-  return torch::stable::empty({sizes, 4}, dtype, std::nullopt, std::nullopt, std::nullopt,
-                              p.layout == Layout::nhwc ? torch::headeronly::MemoryFormat::ChannelsLast
-                                                       : torch::headeronly::MemoryFormat::Contiguous);
-}
-
-/// The problem whose offsets these are: their shape and dtype, checked against the input's size.
-void set_offsets(const char* op, PoolProblem& p, const Tensor& offsets, int64_t h, int64_t w) {
-  require_cpu(op, "offsets", offsets, 4);
-  require(offsets.scalar_type() == offset_type(p), op, ": offsets have the wrong dtype for a window of ", p.r * p.s,
-          " taps, expected ", offsets_fit_byte(p) ? "uint8" : "int32", "; pass what max_pool2d_with_offsets returned");
-  p.layout = layout_of(offsets);
-  // The offsets' own size tells whether ceil_mode was on.
-  p.n = offsets.size(0), p.c = offsets.size(1), p.h = h, p.w = w;
-  p.ceil_mode = p.p() != offsets.size(2) || p.q() != offsets.size(3);
-  set_input(op, p, offsets.size(0), offsets.size(1), h, w);
-  require_shape(op, "offsets", offsets, {p.n, p.c, p.p(), p.q()});
-}
-
-// ---------------------------------------------------------------- max
-
-PoolProblem max_problem(const char* op, const Tensor& input, const IntList& kernel, const IntList& stride,
-                        const IntList& padding, const IntList& dilation, bool ceil_mode) {
-  PoolProblem p = problem_of(op, kernel, stride, padding, dilation, ceil_mode);
-  require_cpu(op, "input", input, 4);
-  p.dtype = dtype_of(op, input);
-  p.layout = layout_of(input);
-  set_input(op, p, input.size(0), input.size(1), input.size(2), input.size(3));
-  return p;
-}
-
-Tensor max_pool2d(const Tensor& input, IntList kernel, IntList stride, IntList padding, IntList dilation,
-                  bool ceil_mode) {
-  const PoolProblem p = max_problem("max_pool2d", input, kernel, stride, padding, dilation, ceil_mode);
-  const Tensor x = dense(input, p.layout);
-  Tensor output = empty_output(input, p.n, p.c, p.p(), p.q(), p.layout);
-  if (output.numel() == 0) return output;
-  count_call(Kernel::max_pool2d);
-  pool_kernels()->max_pool(p, x.const_data_ptr(), output.mutable_data_ptr(), nullptr);
-  return output;
-}
-
-std::tuple<Tensor, Tensor> max_pool2d_with_offsets(const Tensor& input, IntList kernel, IntList stride, IntList padding,
-                                                   IntList dilation, bool ceil_mode) {
-  const PoolProblem p = max_problem("max_pool2d_with_offsets", input, kernel, stride, padding, dilation, ceil_mode);
-  require(p.r * p.s <= INT32_MAX, "max_pool2d_with_offsets: a window of ", p.r, " x ", p.s,
-          " has more taps than int32 offsets can number; use a smaller kernel");
-  const Tensor x = dense(input, p.layout);
-  Tensor output = empty_output(input, p.n, p.c, p.p(), p.q(), p.layout);
-  Tensor offsets = empty_of(p, offset_type(p));
-  if (output.numel() == 0) return {output, offsets};
-  count_call(Kernel::max_pool2d_with_offsets);
-  pool_kernels()->max_pool(p, x.const_data_ptr(), output.mutable_data_ptr(), offsets.mutable_data_ptr());
-  return {output, offsets};
-}
-
-Tensor max_pool2d_indices(const Tensor& offsets, IntList input_size, IntList kernel, IntList stride, IntList padding,
-                          IntList dilation) {
-  const char* op = "max_pool2d_indices";
-  PoolProblem p = problem_of(op, kernel, stride, padding, dilation, false);
-  const Size2 size = size2(op, "input_size", input_size, 1, INT64_MAX);
-  set_offsets(op, p, offsets, size.h, size.w);
-  const Tensor taps = dense(offsets, p.layout);
-  Tensor indices = empty_of(p, torch::headeronly::ScalarType::Long);
-  if (indices.numel() == 0) return indices;
-  count_call(Kernel::max_pool2d_indices);
-  pool_kernels()->max_indices(p, taps.const_data_ptr(), static_cast<int64_t*>(indices.mutable_data_ptr()));
-  return indices;
-}
-
-Tensor max_pool2d_gather(const Tensor& input, const Tensor& offsets, IntList kernel, IntList stride, IntList padding,
-                         IntList dilation) {
-  const char* op = "max_pool2d_gather";
-  PoolProblem p = problem_of(op, kernel, stride, padding, dilation, false);
-  require_cpu(op, "input", input, 4);
-  p.dtype = dtype_of(op, input);
-  set_offsets(op, p, offsets, input.size(2), input.size(3));
-  require_shape(op, "input", input, {p.n, p.c, p.h, p.w});
-  const Tensor x = dense(input, p.layout), taps = dense(offsets, p.layout);
-  Tensor output = empty_output(input, p.n, p.c, p.p(), p.q(), p.layout);
-  if (output.numel() == 0) return output;
-  count_call(Kernel::max_pool2d_gather);
-  pool_kernels()->max_gather(p, x.const_data_ptr(), taps.const_data_ptr(), output.mutable_data_ptr());
-  return output;
-}
-
-Tensor max_pool2d_backward(const Tensor& grad_output, const Tensor& offsets, IntList input_size, IntList kernel,
-                           IntList stride, IntList padding, IntList dilation) {
-  const char* op = "max_pool2d_backward";
-  PoolProblem p = problem_of(op, kernel, stride, padding, dilation, false);
-  require_cpu(op, "grad_output", grad_output, 4);
-  p.dtype = dtype_of(op, grad_output);
-  const Size2 size = size2(op, "input_size", input_size, 1, INT64_MAX);
-  set_offsets(op, p, offsets, size.h, size.w);
-  require_shape(op, "grad_output", grad_output, {p.n, p.c, p.p(), p.q()});
-  const Tensor grad = dense(grad_output, p.layout), taps = dense(offsets, p.layout);
-  Tensor grad_input = empty_output(grad_output, p.n, p.c, p.h, p.w, p.layout);
-  if (grad_input.numel() == 0) return grad_input;
-  count_call(Kernel::max_pool2d_backward);
-  pool_kernels()->max_backward(p, grad.const_data_ptr(), taps.const_data_ptr(), grad_input.mutable_data_ptr());
-  return grad_input;
-}
-
-// ---------------------------------------------------------------- average
-
-double checked_divisor(const char* op, const std::optional<int64_t>& divisor_override) {
-  require(!divisor_override || *divisor_override != 0, op,
-          ": divisor_override is 0, expected another number; pass None to divide by the window's size");
-  return divisor_override ? static_cast<double>(*divisor_override) : 0;
-}
-
-/// A window that is the whole input is the global kernel's case.
-bool is_global(const PoolProblem& p, double divisor_override) {
-  return divisor_override == 0 && p.r == p.h && p.s == p.w && p.padding.h == 0 && p.padding.w == 0;
-}
-
-Tensor avg_pool2d(const Tensor& input, IntList kernel, IntList stride, IntList padding, bool ceil_mode,
-                  bool count_include_pad, std::optional<int64_t> divisor_override) {
-  const char* op = "avg_pool2d";
-  PoolProblem p = problem_of(op, kernel, stride, padding, {1, 1}, ceil_mode);
-  const double divisor = checked_divisor(op, divisor_override);
-  require_cpu(op, "input", input, 4);
-  p.dtype = dtype_of(op, input);
-  p.layout = layout_of(input);
-  set_input(op, p, input.size(0), input.size(1), input.size(2), input.size(3));
-  const Tensor x = dense(input, p.layout);
-  Tensor output = empty_output(input, p.n, p.c, p.p(), p.q(), p.layout);
-  if (output.numel() == 0) return output;
-  if (is_global(p, divisor)) {
-    count_call(Kernel::global_avg_pool2d);
-    pool_kernels()->global_average(p.n, p.c, p.h * p.w, p.layout, p.dtype, x.const_data_ptr(),
-                                   output.mutable_data_ptr());
-    return output;
+struct CpuPool {
+  static void max_pool(const PoolProblem& p, const Tensor& x, Tensor& y, Tensor* offsets) {
+    count_call(offsets ? Kernel::max_pool2d_with_offsets : Kernel::max_pool2d);
+    pool_kernels()->max_pool(p, x.const_data_ptr(), y.mutable_data_ptr(),
+                             offsets ? offsets->mutable_data_ptr() : nullptr);
   }
-  AveragePlan plan;
-  plan_regular(plan, p, count_include_pad, divisor);
-  count_call(Kernel::avg_pool2d);
-  pool_kernels()->average(plan.problem, x.const_data_ptr(), output.mutable_data_ptr());
-  return output;
-}
+  static void max_indices(const PoolProblem& p, const Tensor& offsets, Tensor& indices) {
+    count_call(Kernel::max_pool2d_indices);
+    pool_kernels()->max_indices(p, offsets.const_data_ptr(), static_cast<int64_t*>(indices.mutable_data_ptr()));
+  }
+  static void max_gather(const PoolProblem& p, const Tensor& x, const Tensor& offsets, Tensor& y) {
+    count_call(Kernel::max_pool2d_gather);
+    pool_kernels()->max_gather(p, x.const_data_ptr(), offsets.const_data_ptr(), y.mutable_data_ptr());
+  }
+  static void max_backward(const PoolProblem& p, const Tensor& grad, const Tensor& offsets, Tensor& grad_input) {
+    count_call(Kernel::max_pool2d_backward);
+    pool_kernels()->max_backward(p, grad.const_data_ptr(), offsets.const_data_ptr(), grad_input.mutable_data_ptr());
+  }
 
-Tensor avg_pool2d_backward(const Tensor& grad_output, IntList input_size, IntList kernel, IntList stride,
-                           IntList padding, bool ceil_mode, bool count_include_pad,
-                           std::optional<int64_t> divisor_override) {
-  const char* op = "avg_pool2d_backward";
-  PoolProblem p = problem_of(op, kernel, stride, padding, {1, 1}, ceil_mode);
-  const double divisor = checked_divisor(op, divisor_override);
-  require_cpu(op, "grad_output", grad_output, 4);
-  p.dtype = dtype_of(op, grad_output);
-  p.layout = layout_of(grad_output);
-  const Size2 size = size2(op, "input_size", input_size, 1, INT64_MAX);
-  set_input(op, p, grad_output.size(0), grad_output.size(1), size.h, size.w);
-  require_shape(op, "grad_output", grad_output, {p.n, p.c, p.p(), p.q()});
-  const Tensor grad = dense(grad_output, p.layout);
-  Tensor grad_input = empty_output(grad_output, p.n, p.c, p.h, p.w, p.layout);
-  if (grad_input.numel() == 0) return grad_input;
-  if (is_global(p, divisor)) {
+  static void average(const PoolProblem& p, bool count_include_pad, double divisor_override, const Tensor& x,
+                      Tensor& y) {
+    AveragePlan plan;
+    plan_regular(plan, p, count_include_pad, divisor_override);
+    count_call(Kernel::avg_pool2d);
+    pool_kernels()->average(plan.problem, x.const_data_ptr(), y.mutable_data_ptr());
+  }
+  static void average_backward(const PoolProblem& p, bool count_include_pad, double divisor_override,
+                               const Tensor& grad, Tensor& grad_input) {
+    AveragePlan plan;
+    plan_regular(plan, p, count_include_pad, divisor_override);
+    count_call(Kernel::avg_pool2d_backward);
+    pool_kernels()->average_backward(plan.problem, grad.const_data_ptr(), grad_input.mutable_data_ptr());
+  }
+
+  static void adaptive(const PoolProblem& p, Size2 output, const Tensor& x, Tensor& y) {
+    AveragePlan plan;
+    plan_adaptive(plan, p.n, p.c, {p.h, p.w}, output, p.layout, p.dtype);
+    count_call(Kernel::adaptive_avg_pool2d);
+    pool_kernels()->average(plan.problem, x.const_data_ptr(), y.mutable_data_ptr());
+  }
+  static void adaptive_backward(const PoolProblem& p, Size2 output, const Tensor& grad, Tensor& grad_input) {
+    AveragePlan plan;
+    plan_adaptive(plan, p.n, p.c, {p.h, p.w}, output, p.layout, p.dtype);
+    count_call(Kernel::adaptive_avg_pool2d_backward);
+    pool_kernels()->average_backward(plan.problem, grad.const_data_ptr(), grad_input.mutable_data_ptr());
+  }
+
+  static void global_average(const PoolProblem& p, const Tensor& x, Tensor& y) {
+    count_call(Kernel::global_avg_pool2d);
+    pool_kernels()->global_average(p.n, p.c, p.h * p.w, p.layout, p.dtype, x.const_data_ptr(), y.mutable_data_ptr());
+  }
+  static void global_average_backward(const PoolProblem& p, const Tensor& grad, Tensor& grad_input) {
     count_call(Kernel::global_avg_pool2d_backward);
     pool_kernels()->global_average_backward(p.n, p.c, p.h * p.w, p.layout, p.dtype, grad.const_data_ptr(),
                                             grad_input.mutable_data_ptr());
-    return grad_input;
   }
-  AveragePlan plan;
-  plan_regular(plan, p, count_include_pad, divisor);
-  count_call(Kernel::avg_pool2d_backward);
-  pool_kernels()->average_backward(plan.problem, grad.const_data_ptr(), grad_input.mutable_data_ptr());
-  return grad_input;
-}
-
-/// A 1 x 1 output may average nothing at all (the mean of no elements is NaN); other grids need elements.
-void require_elements(const char* op, Size2 input, Size2 output) {
-  require((input.h > 0 && input.w > 0) || (output.h == 1 && output.w == 1), op, ": the input's plane is ", input.h,
-          " x ", input.w, ", expected a height and width of at least 1");
-}
-
-Tensor adaptive_avg_pool2d(const Tensor& input, IntList output_size) {
-  const char* op = "adaptive_avg_pool2d";
-  require_cpu(op, "input", input, 4);
-  const DType dtype = dtype_of(op, input);
-  const Layout layout = layout_of(input);
-  const Size2 out = size2(op, "output_size", output_size, 0, INT64_MAX), in{input.size(2), input.size(3)};
-  require_elements(op, in, out);
-  const int64_t n = input.size(0), c = input.size(1);
-  const Tensor x = dense(input, layout);
-  Tensor output = empty_output(input, n, c, out.h, out.w, layout);
-  if (output.numel() == 0) return output;
-  if (out.h == 1 && out.w == 1) {
-    count_call(Kernel::global_avg_pool2d);
-    pool_kernels()->global_average(n, c, in.h * in.w, layout, dtype, x.const_data_ptr(), output.mutable_data_ptr());
-    return output;
-  }
-  AveragePlan plan;
-  plan_adaptive(plan, n, c, in, out, layout, dtype);
-  count_call(Kernel::adaptive_avg_pool2d);
-  pool_kernels()->average(plan.problem, x.const_data_ptr(), output.mutable_data_ptr());
-  return output;
-}
-
-Tensor adaptive_avg_pool2d_backward(const Tensor& grad_output, IntList input_size) {
-  const char* op = "adaptive_avg_pool2d_backward";
-  require_cpu(op, "grad_output", grad_output, 4);
-  const DType dtype = dtype_of(op, grad_output);
-  const Layout layout = layout_of(grad_output);
-  const Size2 in = size2(op, "input_size", input_size, 0, INT64_MAX), out{grad_output.size(2), grad_output.size(3)};
-  require_elements(op, in, out);
-  const int64_t n = grad_output.size(0), c = grad_output.size(1);
-  const Tensor grad = dense(grad_output, layout);
-  Tensor grad_input = empty_output(grad_output, n, c, in.h, in.w, layout);
-  if (grad_input.numel() == 0) return grad_input;
-  if (grad.numel() == 0) {
-    torch::stable::zero_(grad_input);
-    return grad_input;
-  }
-  if (out.h == 1 && out.w == 1) {
-    count_call(Kernel::global_avg_pool2d_backward);
-    pool_kernels()->global_average_backward(n, c, in.h * in.w, layout, dtype, grad.const_data_ptr(),
-                                            grad_input.mutable_data_ptr());
-    return grad_input;
-  }
-  AveragePlan plan;
-  plan_adaptive(plan, n, c, in, out, layout, dtype);
-  count_call(Kernel::adaptive_avg_pool2d_backward);
-  pool_kernels()->average_backward(plan.problem, grad.const_data_ptr(), grad_input.mutable_data_ptr());
-  return grad_input;
-}
-
-// ---------------------------------------------------------------- the short way
-
-/// The short way leaves empty tensors to the long one: torch treats them case by case.
-void require_filled(const Tensor& input) {
-  require(input.numel() > 0, "fastconv: the input is empty; call the operator's default overload");
-}
-
-/// The pair at `index` of a window's numbers, which travel as one list.
-IntList pair_of(const IntList& window, int64_t index, int64_t pairs) {
-  require(std::ssize(window) == 2 * pairs, "fastconv: window has ", window.size(), " values, expected ", 2 * pairs);
-  return {window.begin() + 2 * index, window.begin() + 2 * index + 2};
-}
-
-Tensor max_pool2d_eager(const Tensor& input, IntList window, bool ceil_mode) {
-  require_filled(input);
-  const auto pair = [&](int64_t index) { return pair_of(window, index, 4); };
-  return max_pool2d(input, pair(0), pair(1), pair(2), pair(3), ceil_mode);
-}
-
-Tensor avg_pool2d_eager(const Tensor& input, IntList window, bool ceil_mode, bool count_include_pad,
-                        std::optional<int64_t> divisor_override) {
-  require_filled(input);
-  const auto pair = [&](int64_t index) { return pair_of(window, index, 3); };
-  return avg_pool2d(input, pair(0), pair(1), pair(2), ceil_mode, count_include_pad, divisor_override);
-}
-
-Tensor adaptive_avg_pool2d_eager(const Tensor& input, IntList output_size) {
-  require_filled(input);
-  return adaptive_avg_pool2d(input, std::move(output_size));
-}
+};
 
 }  // namespace
 }  // namespace fastconv
 
-STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  m.impl("max_pool2d", TORCH_BOX(&fastconv::max_pool2d));
-  m.impl("max_pool2d.eager", TORCH_BOX(&fastconv::max_pool2d_eager));
-  m.impl("max_pool2d_with_offsets", TORCH_BOX(&fastconv::max_pool2d_with_offsets));
-  m.impl("max_pool2d_indices", TORCH_BOX(&fastconv::max_pool2d_indices));
-  m.impl("max_pool2d_gather", TORCH_BOX(&fastconv::max_pool2d_gather));
-  m.impl("max_pool2d_backward", TORCH_BOX(&fastconv::max_pool2d_backward));
-  m.impl("avg_pool2d", TORCH_BOX(&fastconv::avg_pool2d));
-  m.impl("avg_pool2d.eager", TORCH_BOX(&fastconv::avg_pool2d_eager));
-  m.impl("avg_pool2d_backward", TORCH_BOX(&fastconv::avg_pool2d_backward));
-  m.impl("adaptive_avg_pool2d", TORCH_BOX(&fastconv::adaptive_avg_pool2d));
-  m.impl("adaptive_avg_pool2d.eager", TORCH_BOX(&fastconv::adaptive_avg_pool2d_eager));
-  m.impl("adaptive_avg_pool2d_backward", TORCH_BOX(&fastconv::adaptive_avg_pool2d_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) { fastconv::PoolOps<fastconv::CpuPool>::add_to(m); }

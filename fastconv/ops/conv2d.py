@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastconv._library import ops
+from fastconv._library import NAMESPACE, ops
 from fastconv.ops._apply import apply
 from fastconv.ops._autograd import (
     allow_empty,
@@ -29,6 +29,7 @@ from fastconv.ops._autograd import (
     sum_of,
     tracing,
 )
+from fastconv.tuning import call_tuned
 
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
@@ -49,7 +50,7 @@ def conv2d(
     elif needs_function(input, weight, bias):
         result = apply(Conv2d, input, weight, bias, stride, padding, dilation, groups, algo)
     else:
-        result = call_raw(ops.conv2d.default, input, weight, bias, stride, padding, dilation, groups, algo)
+        result = call_tuned(ops.conv2d.default, input, weight, bias, stride, padding, dilation, groups, algo)
     return result
 
 
@@ -69,7 +70,7 @@ def conv2d_input_grad(
     elif needs_function(grad_output, weight):
         result = apply(Conv2dInputGrad, *args)
     else:
-        result = call_raw(ops.conv2d_input_grad.default, *args)
+        result = call_tuned(ops.conv2d_input_grad.default, *args)
     return result
 
 
@@ -89,7 +90,7 @@ def conv2d_weight_grad(
     elif needs_function(grad_output, input):
         result = apply(Conv2dWeightGrad, *args)
     else:
-        result = call_raw(ops.conv2d_weight_grad.default, *args)
+        result = call_tuned(ops.conv2d_weight_grad.default, *args)
     return result
 
 
@@ -111,7 +112,7 @@ def per_channel(values: Tensor) -> Tensor:
 class Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        result: Tensor = call_raw(ops.conv2d.default, *args)
+        result: Tensor = call_tuned(ops.conv2d.default, *args)
         return result
 
     @staticmethod
@@ -182,7 +183,7 @@ class Conv2d(torch.autograd.Function):
 class Conv2dInputGrad(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        result: Tensor = call_raw(ops.conv2d_input_grad.default, *args)
+        result: Tensor = call_tuned(ops.conv2d_input_grad.default, *args)
         return result
 
     @staticmethod
@@ -223,7 +224,7 @@ class Conv2dInputGrad(torch.autograd.Function):
 class Conv2dWeightGrad(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        result: Tensor = call_raw(ops.conv2d_weight_grad.default, *args)
+        result: Tensor = call_tuned(ops.conv2d_weight_grad.default, *args)
         return result
 
     @staticmethod
@@ -289,8 +290,8 @@ for _name, _function in (
     ("conv2d_weight_grad", Conv2dWeightGrad),
     ("conv2d_bias_grad", Conv2dBiasGrad),
 ):
-    torch.library.register_autograd(f"fastconv::{_name}", _function.backward, setup_context=_function.setup_context)
-    torch.library.register_vmap(f"fastconv::{_name}", _function.vmap)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _function.backward, setup_context=_function.setup_context)
+    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _function.vmap)
 
 
 def output_size(size: Any, kernel: Any, stride: Pair, padding: Padding, dilation: Pair) -> tuple[Any, Any]:
@@ -300,26 +301,26 @@ def output_size(size: Any, kernel: Any, stride: Pair, padding: Padding, dilation
     return rows, columns
 
 
-@torch.library.register_fake("fastconv::conv2d")
+@torch.library.register_fake(f"{NAMESPACE}::conv2d")
 def _(input, weight, bias, stride, padding, dilation, groups, algo):  # type: ignore[no-untyped-def]
     rows, columns = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     shape = (input.shape[0], weight.shape[0], rows, columns)
     return empty_like_format(input, shape, suggested_format(input, weight))
 
 
-@torch.library.register_fake("fastconv::conv2d_input_grad")
+@torch.library.register_fake(f"{NAMESPACE}::conv2d_input_grad")
 def _(grad_output, weight, input_size, stride, padding, dilation, groups, algo):  # type: ignore[no-untyped-def]
     shape = (grad_output.shape[0], weight.shape[1] * groups, *input_size)
     return empty_like_format(grad_output, shape, suggested_format(grad_output, weight))
 
 
-@torch.library.register_fake("fastconv::conv2d_weight_grad")
+@torch.library.register_fake(f"{NAMESPACE}::conv2d_weight_grad")
 def _(grad_output, input, kernel_size, stride, padding, dilation, groups, algo):  # type: ignore[no-untyped-def]
     shape = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     return empty_like_format(input, shape, suggested_format(grad_output, input))
 
 
-@torch.library.register_fake("fastconv::conv2d_bias_grad")
+@torch.library.register_fake(f"{NAMESPACE}::conv2d_bias_grad")
 def _(grad_output):  # type: ignore[no-untyped-def]
     return grad_output.new_empty((grad_output.shape[1],))
 

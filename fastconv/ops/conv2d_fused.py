@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastconv._library import ops
+from fastconv._library import NAMESPACE, ops
 from fastconv.ops._apply import apply
 from fastconv.ops._autograd import (
     allow_empty,
-    call_raw,
     empty_like_format,
     fold,
     needs_function,
@@ -34,6 +33,7 @@ from fastconv.ops.conv2d import (
     output_size,
     per_channel,
 )
+from fastconv.tuning import call_tuned
 
 # Numbers of csrc/common/problem.h's Activation.
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "tanh": 3}
@@ -71,7 +71,7 @@ def _conv2d_fused(*args: Any) -> Tensor:
     elif needs_function(*args[:5]):
         result = apply(Conv2dFused, *args)
     else:
-        result = call_raw(ops.conv2d_fused.default, *args)
+        result = call_tuned(ops.conv2d_fused.default, *args)
     return result
 
 
@@ -99,7 +99,7 @@ def _per_filter(values: Tensor) -> Tensor:
 class Conv2dFused(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        result: Tensor = call_raw(ops.conv2d_fused.default, *args)
+        result: Tensor = call_tuned(ops.conv2d_fused.default, *args)
         return result
 
     @staticmethod
@@ -191,11 +191,13 @@ class Conv2dFused(torch.autograd.Function):
         return result.unflatten(1, (size, -1)), 1
 
 
-torch.library.register_autograd("fastconv::conv2d_fused", Conv2dFused.backward, setup_context=Conv2dFused.setup_context)
-torch.library.register_vmap("fastconv::conv2d_fused", Conv2dFused.vmap)
+torch.library.register_autograd(
+    f"{NAMESPACE}::conv2d_fused", Conv2dFused.backward, setup_context=Conv2dFused.setup_context
+)
+torch.library.register_vmap(f"{NAMESPACE}::conv2d_fused", Conv2dFused.vmap)
 
 
-@torch.library.register_fake("fastconv::conv2d_fused")
+@torch.library.register_fake(f"{NAMESPACE}::conv2d_fused")
 def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation, algo):  # type: ignore[no-untyped-def]
     rows, columns = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     shape = (input.shape[0], weight.shape[0], rows, columns)

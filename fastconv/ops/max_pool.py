@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv._library import ops
+from fastconv._library import NAMESPACE, ops
 from fastconv.ops._apply import apply
 from fastconv.ops._autograd import (
     allow_empty,
@@ -197,20 +197,20 @@ for _name, _function in (
     ("max_pool2d_gather", MaxPool2dGather),
     ("max_pool2d_backward", MaxPool2dBackward),
 ):
-    torch.library.register_autograd(f"fastconv::{_name}", _function.backward, setup_context=_function.setup_context)
-    torch.library.register_vmap(f"fastconv::{_name}", _function.vmap)
-torch.library.register_autograd("fastconv::max_pool2d", _max_pool2d_backward, setup_context=_max_pool2d_setup)
-torch.library.register_vmap("fastconv::max_pool2d", _max_pool2d_vmap)
-torch.library.register_vmap("fastconv::max_pool2d_indices", _indices_vmap)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _function.backward, setup_context=_function.setup_context)
+    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _function.vmap)
+torch.library.register_autograd(f"{NAMESPACE}::max_pool2d", _max_pool2d_backward, setup_context=_max_pool2d_setup)
+torch.library.register_vmap(f"{NAMESPACE}::max_pool2d", _max_pool2d_vmap)
+torch.library.register_vmap(f"{NAMESPACE}::max_pool2d_indices", _indices_vmap)
 
 
-@torch.library.register_fake("fastconv::max_pool2d")
+@torch.library.register_fake(f"{NAMESPACE}::max_pool2d")
 def _(input, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
     rows, columns = output_size(input.shape[2:], kernel, stride, padding, dilation, ceil_mode)
     return empty_like_format(input, (*input.shape[:2], rows, columns), suggested_format(input))
 
 
-@torch.library.register_fake("fastconv::max_pool2d_with_offsets")
+@torch.library.register_fake(f"{NAMESPACE}::max_pool2d_with_offsets")
 def _(input, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
     rows, columns = output_size(input.shape[2:], kernel, stride, padding, dilation, ceil_mode)
     output = empty_like_format(input, (*input.shape[:2], rows, columns), suggested_format(input))
@@ -218,16 +218,16 @@ def _(input, kernel, stride, padding, dilation, ceil_mode):  # type: ignore[no-u
     return output, torch.empty_like(output, dtype=offset_type)
 
 
-@torch.library.register_fake("fastconv::max_pool2d_indices")
+@torch.library.register_fake(f"{NAMESPACE}::max_pool2d_indices")
 def _(offsets, input_size, kernel, stride, padding, dilation):  # type: ignore[no-untyped-def]
     return torch.empty_like(offsets, dtype=torch.int64, memory_format=suggested_format(offsets))
 
 
-@torch.library.register_fake("fastconv::max_pool2d_gather")
+@torch.library.register_fake(f"{NAMESPACE}::max_pool2d_gather")
 def _(input, offsets, kernel, stride, padding, dilation):  # type: ignore[no-untyped-def]
     return empty_like_format(input, tuple(offsets.shape), suggested_format(offsets))
 
 
-@torch.library.register_fake("fastconv::max_pool2d_backward")
+@torch.library.register_fake(f"{NAMESPACE}::max_pool2d_backward")
 def _(grad_output, offsets, input_size, kernel, stride, padding, dilation):  # type: ignore[no-untyped-def]
     return empty_like_format(grad_output, (*grad_output.shape[:2], *input_size), suggested_format(offsets))

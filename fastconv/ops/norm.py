@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastconv._library import ops
+from fastconv._library import NAMESPACE, ops
 from fastconv.ops._apply import apply
 from fastconv.ops._autograd import (
     allow_empty,
@@ -220,20 +220,20 @@ for _name, _function in (
     ("local_response_norm_jvp", LocalResponseNormJvp),
     ("local_response_norm_backward", LocalResponseNormBackward),
 ):
-    torch.library.register_autograd(f"fastconv::{_name}", _function.backward, setup_context=_function.setup_context)
-    torch.library.register_vmap(f"fastconv::{_name}", _function.vmap)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _function.backward, setup_context=_function.setup_context)
+    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _function.vmap)
 
 
-@torch.library.register_fake("fastconv::local_response_norm")
+@torch.library.register_fake(f"{NAMESPACE}::local_response_norm")
 def _(input, size, alpha, beta, k):  # type: ignore[no-untyped-def]
     return empty_like_format(input, tuple(input.shape), suggested_format(input))
 
 
-@torch.library.register_fake("fastconv::local_response_norm_jvp")
+@torch.library.register_fake(f"{NAMESPACE}::local_response_norm_jvp")
 def _(input, tangent, size, alpha, beta, k):  # type: ignore[no-untyped-def]
     return empty_like_format(input, tuple(input.shape), suggested_format(input))
 
 
-@torch.library.register_fake("fastconv::local_response_norm_backward")
+@torch.library.register_fake(f"{NAMESPACE}::local_response_norm_backward")
 def _(grad_output, input, size, alpha, beta, k):  # type: ignore[no-untyped-def]
     return empty_like_format(input, tuple(input.shape), suggested_format(input))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv._library import ops
+from fastconv._library import NAMESPACE, ops
 from fastconv.ops._apply import apply
 from fastconv.ops._autograd import (
     allow_empty,
@@ -194,8 +194,8 @@ for _name, _function in (
     ("adaptive_avg_pool2d", AdaptiveAvgPool2d),
     ("adaptive_avg_pool2d_backward", AdaptiveAvgPool2dBackward),
 ):
-    torch.library.register_autograd(f"fastconv::{_name}", _function.backward, setup_context=_function.setup_context)
-    torch.library.register_vmap(f"fastconv::{_name}", _function.vmap)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _function.backward, setup_context=_function.setup_context)
+    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _function.vmap)
 
 
 def output_size(
@@ -216,22 +216,22 @@ def _positions(size: Any, kernel: int, stride: int, padding: int, dilation: int,
     return torch.sym_min((span + stride - 1) // stride + 1, (size + padding - 1) // stride + 1)
 
 
-@torch.library.register_fake("fastconv::avg_pool2d")
+@torch.library.register_fake(f"{NAMESPACE}::avg_pool2d")
 def _(input, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override):  # type: ignore[no-untyped-def]
     rows, columns = output_size(input.shape[2:], kernel, stride, padding, (1, 1), ceil_mode)
     return empty_like_format(input, (*input.shape[:2], rows, columns), suggested_format(input))
 
 
-@torch.library.register_fake("fastconv::avg_pool2d_backward")
+@torch.library.register_fake(f"{NAMESPACE}::avg_pool2d_backward")
 def _(grad_output, input_size, *_):  # type: ignore[no-untyped-def]
     return empty_like_format(grad_output, (*grad_output.shape[:2], *input_size), suggested_format(grad_output))
 
 
-@torch.library.register_fake("fastconv::adaptive_avg_pool2d")
+@torch.library.register_fake(f"{NAMESPACE}::adaptive_avg_pool2d")
 def _(input, output_size):  # type: ignore[no-untyped-def]
     return empty_like_format(input, (*input.shape[:2], *output_size), suggested_format(input))
 
 
-@torch.library.register_fake("fastconv::adaptive_avg_pool2d_backward")
+@torch.library.register_fake(f"{NAMESPACE}::adaptive_avg_pool2d_backward")
 def _(grad_output, input_size):  # type: ignore[no-untyped-def]
     return empty_like_format(grad_output, (*grad_output.shape[:2], *input_size), suggested_format(grad_output))

@@ -1,0 +1,350 @@
+// Winograd's F(4x4, 3x3) for stride 1: 36 products give 16 outputs, where the definition takes 144.
+//
+// Filters are transformed once per call. A task owns a block of tiles (4x4 outputs each): it transforms their 6x6
+// inputs for all input channels into V[product][...], which stays in L2, then for each register tile of output channels
+// runs the 36 small products into M, which stays in L1 or L2, and turns M into outputs, epilogue included. Nothing but
+// inputs, filters and outputs goes through memory.
+//
+// NCHW: lanes are tiles, rows of the register tile are output channels. NHWC: lanes are output channels, rows are
+// tiles.
+#pragma once
+
+#include "conv2d/cpu_lanes.h"
+#include "conv2d/cpu_tile.h"
+#include "conv2d/cpu_winograd_transforms.h"
+#include "conv2d/gemm_conv.h"
+
+namespace fastconv {
+namespace {
+
+struct WinogradPlan {
+  int64_t rows, columns, tiles;      // tiles of a plane, of all planes
+  int64_t block_tiles, blocks;       // tiles of a task
+  int64_t channel_step;              // output channels of a register tile
+  int64_t parts, channels_per_part;  // of the output channels, where there are few blocks
+  int64_t pitch;                     // of a row of input channels
+  int64_t first_h, first_w;          // input position of the first tap, relative to the output's
+
+  WinogradPlan(const GemmConv& p, Layout layout, int64_t tile_rows, int64_t tile_columns, int64_t lanes) {
+    rows = ceil_div(p.i, kWinogradOutputs), columns = ceil_div(p.j, kWinogradOutputs);
+    tiles = p.n * rows * columns;
+    // V takes 144 bytes a tile and channel, and shares L2 with M and the filters that stream by.
+    block_tiles = layout == Layout::nchw ? tile_columns : p.c > 128 ? tile_rows : 2 * tile_rows;
+    blocks = ceil_div(tiles, block_tiles);
+    if (layout == Layout::nhwc) block_tiles = ceil_div(tiles, blocks);
+    channel_step = layout == Layout::nchw ? tile_rows : tile_columns;
+    const int64_t steps = ceil_div(p.m, channel_step), threads = thread_count();
+    // Every part transforms the inputs again.
+    parts = blocks < 4 * threads && blocks % threads != 0 ? min_of(steps, threads) : 1;
+    channels_per_part = ceil_div(steps, parts) * channel_step;
+    parts = ceil_div(p.m, channels_per_part);
+    // Whole vectors; not a multiple of 1 KiB, or the rows of a register tile would evict each other from L1.
+    pitch = round_up(p.c, lanes) + lanes;
+    first_h = p.tap_count ? p.taps[0].dh : 0, first_w = p.tap_count ? p.taps[0].dw : 0;
+    for (int64_t t = 1; t < p.tap_count; ++t)
+      first_h = min_of(first_h, p.taps[t].dh), first_w = min_of(first_w, p.taps[t].dw);
+  }
+};
+
+/// Transformed filters: [product][m][pitch of c] for NCHW, [m / kTileColumns][product][c][kTileColumns] for NHWC.
+template <class T>
+void transform_filters(const GemmConv& p, const WinogradPlan& plan, Layout layout, float* filters) {
+  constexpr int64_t kLane = simd::kLanes<double>, kColumns = kTileColumns<float>;
+  typedef float Narrow __attribute__((vector_size(FASTCONV_VECTOR_BYTES / 2)));
+  const bool lanes_are_inputs = layout == Layout::nchw;
+  const int64_t lane_size = lanes_are_inputs ? p.c : p.m, groups = ceil_div(lane_size, kLane);
+  const int64_t lane_stride = lanes_are_inputs ? p.weight_c_stride : p.weight_m_stride;
+  const int64_t other_size = lanes_are_inputs ? p.m : p.c;
+  const int64_t other_stride = lanes_are_inputs ? p.weight_m_stride : p.weight_c_stride;
+  int64_t offsets[9];
+  for (int64_t& offset : offsets) offset = -1;  // no tap there: those that reach no input are left out
+  for (int64_t t = 0; t < p.tap_count; ++t)
+    offsets[(p.taps[t].dh - plan.first_h) * 3 + p.taps[t].dw - plan.first_w] = p.taps[t].weight_offset_elems;
+  parallel_for(0, other_size * groups, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t lane = index % groups * kLane, other = index / groups, live = min_of(kLane, lane_size - lane);
+      const T* weight = static_cast<const T*>(p.weight) + other * other_stride + lane * lane_stride;
+      simd::Vec<double> g[9], result[kWinogradProducts];
+      for (int t = 0; t < 9; ++t) {
+        g[t] = simd::zero<double>();
+        if (offsets[t] < 0) continue;
+        if (live == kLane) {
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < kLane; ++i) g[t][i] = simd::widen(weight[offsets[t] + i * lane_stride]);
+        } else {
+          for (int64_t i = 0; i < live; ++i) g[t][i] = simd::widen(weight[offsets[t] + i * lane_stride]);
+        }
+      }
+      transform_filter(g, result);
+      float* to = lanes_are_inputs
+                      ? filters + other * plan.pitch + lane
+                      : filters + (lane / kColumns * kWinogradProducts * p.c + other) * kColumns + lane % kColumns;
+      const int64_t step = lanes_are_inputs ? p.m * plan.pitch : p.c * kColumns;
+      for (int64_t f = 0; f < kWinogradProducts; ++f) {
+        const Narrow narrowed = __builtin_convertvector(result[f], Narrow);
+        std::memcpy(to + f * step, &narrowed, sizeof(narrowed));
+      }
+    }
+  });
+}
+
+/// Neighbouring tiles of one row of tiles, in a block.
+struct TileRun {
+  int64_t lane, count;
+  int64_t image, row, column;  // of the first tile
+};
+
+/// Calls body(run) for the runs of tiles [first, first + count).
+template <class Body>
+FASTCONV_INLINE void for_runs(const WinogradPlan& plan, int64_t first, int64_t count, const Body& body) {
+  for (int64_t lane = 0; lane < count;) {
+    const int64_t tile = first + lane, column = tile % plan.columns;
+    const int64_t length = min_of(plan.columns - column, count - lane);
+    body(TileRun{lane, length, tile / plan.columns / plan.rows, tile / plan.columns % plan.rows, column});
+    lane += length;
+  }
+}
+
+// ---------------------------------------------------------------- NCHW
+
+/// The six columns of `count` neighbouring tiles' pieces from one row of the input, four elements apart.
+FASTCONV_INLINE void split_columns(const float* from, int64_t count, float* to, int64_t to_step) {
+  float *c0 = to, *c1 = to + to_step, *c2 = to + 2 * to_step, *c3 = to + 3 * to_step;
+  for (int64_t t = 0; t < count; ++t) {
+    c0[t] = from[4 * t];
+    c1[t] = from[4 * t + 1];
+    c2[t] = from[4 * t + 2];
+    c3[t] = from[4 * t + 3];
+  }
+  float *c4 = to + 4 * to_step, *c5 = to + 5 * to_step;
+  for (int64_t t = 0; t + 1 < count; ++t) c4[t] = c0[t + 1], c5[t] = c1[t + 1];
+  c4[count - 1] = from[4 * count], c5[count - 1] = from[4 * count + 1];
+}
+
+/// One row of the input, of `length` elements from column `first`, as float32 with zeros outside the plane.
+template <class T>
+FASTCONV_INLINE const float* widened_row(const T* row, int64_t first, int64_t length, int64_t width, float* buffer) {
+  if constexpr (__is_same(T, float))
+    if (first >= 0 && first + length <= width) return row + first;
+  const int64_t begin = max_of(0, -first), end = min_of(length, width - first);
+  for (int64_t i = 0; i < min_of(begin, length); ++i) buffer[i] = 0;
+  for (int64_t i = begin; i < end; ++i) buffer[i] = simd::widen(row[first + i]);
+  for (int64_t i = max_of(end, 0); i < length; ++i) buffer[i] = 0;
+  return buffer;
+}
+
+/// V[product][c][kTileColumns] of a block.
+template <class T>
+void transform_block_nchw(const GemmConv& p, const WinogradPlan& plan, int64_t first, int64_t count, float* v) {
+  constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
+  alignas(64) float pieces[kWinogradProducts * kColumns] = {};
+  float buffer[4 * kColumns + 2];
+  for (int64_t c = 0; c < p.c; ++c) {
+    for_runs(plan, first, count, [&](const TileRun& run) {
+      const T* plane = static_cast<const T*>(p.x) + run.image * p.x_strides.n + c * p.x_strides.c;
+      const int64_t h = run.row * kWinogradOutputs + plan.first_h, w = run.column * kWinogradOutputs + plan.first_w;
+      for (int64_t r = 0; r < kWinogradInputs; ++r) {
+        float* to = pieces + r * kWinogradInputs * kColumns + run.lane;
+        if (!inside(h + r, p.h)) {
+          for (int64_t s = 0; s < kWinogradInputs; ++s)
+            for (int64_t t = 0; t < run.count; ++t) to[s * kColumns + t] = 0;
+          continue;
+        }
+        const int64_t length = 4 * run.count + 2;
+        split_columns(widened_row<T>(plane + (h + r) * p.x_strides.h, w, length, p.w, buffer), run.count, to, kColumns);
+      }
+    });
+    for (int64_t lane = 0; lane < count; lane += kLane) {
+      simd::Vec<float> d[kWinogradProducts], result[kWinogradProducts];
+#pragma GCC unroll 36
+      for (int f = 0; f < kWinogradProducts; ++f) d[f] = simd::load(pieces + f * kColumns + lane);
+      transform_input<float>(d, result);
+#pragma GCC unroll 36
+      for (int f = 0; f < kWinogradProducts; ++f) simd::store<float>(v + (f * p.c + c) * kColumns + lane, result[f]);
+    }
+  }
+}
+
+/// Rows of outputs of one channel, [4][4 * kTileColumns], through the epilogue to their places.
+template <class T>
+void store_rows(const GemmConv& p, const WinogradPlan& plan, int64_t first, int64_t count, int64_t channel,
+                const float* lines) {
+  constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
+  const Epilogue& e = p.epilogue;
+  const auto scale = simd::broadcast(e.scale ? static_cast<const float*>(e.scale)[channel] : 1.0f);
+  const auto shift = simd::broadcast(e.shift ? static_cast<const float*>(e.shift)[channel] : 0.0f);
+  for_runs(plan, first, count, [&](const TileRun& run) {
+    const int64_t i = run.row * kWinogradOutputs, j = run.column * kWinogradOutputs;
+    const int64_t length = min_of(4 * run.count, p.j - j);
+    for (int64_t r = 0; r < min_of(kWinogradOutputs, p.i - i); ++r) {
+      const float* line = lines + (r * kColumns + run.lane) * 4;
+      const int64_t offset =
+          p.y_offset + run.image * p.y_strides.n + channel * p.y_strides.c + (i + r) * p.y_strides.h + j;
+      for (int64_t at = 0; at < length; at += kLane) {
+        const int64_t live = min_of(kLane, length - at);
+        auto value = simd::fma<float>(simd::load(line + at), scale, shift);
+        if (e.residual) value = value + simd::load_first(static_cast<const T*>(e.residual) + offset + at, live);
+        value = simd::activate<float>(value, e.activation);
+        T* y = static_cast<T*>(p.y) + offset + at;
+        if (live == kLane) simd::store<T>(y, value);
+        else simd::store_first<T>(y, value, live);
+      }
+    }
+  });
+}
+
+/// The outputs of one channel from its row of M, [product][kTileRows][kTileColumns].
+template <class T>
+void finish_channel_nchw(const GemmConv& p, const WinogradPlan& plan, int64_t first, int64_t count, int64_t channel,
+                         const float* m) {
+  constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
+  alignas(64) float lines[16 * kColumns + kLane];
+  for (int64_t lane = 0; lane < count; lane += kLane) {
+    simd::Vec<float> products[kWinogradProducts], outputs[16];
+#pragma GCC unroll 36
+    for (int f = 0; f < kWinogradProducts; ++f) products[f] = simd::load(m + f * kTileRows * kColumns + lane);
+    transform_output<float>(products, outputs);
+    alignas(64) float plain[16 * kLane];
+#pragma GCC unroll 16
+    for (int o = 0; o < 16; ++o) simd::store<float>(plain + o * kLane, outputs[o]);
+    for (int64_t r = 0; r < 4; ++r) {
+      const float* from = plain + r * 4 * kLane;
+      float* to = lines + (r * kColumns + lane) * 4;
+      for (int64_t t = 0; t < kLane; ++t) {
+        to[4 * t] = from[t];
+        to[4 * t + 1] = from[kLane + t];
+        to[4 * t + 2] = from[2 * kLane + t];
+        to[4 * t + 3] = from[3 * kLane + t];
+      }
+    }
+  }
+  store_rows<T>(p, plan, first, count, channel, lines);
+}
+
+template <class T>
+void convolve_block_nchw(const GemmConv& p, const WinogradPlan& plan, const float* filters, int64_t block,
+                         int64_t channel_begin, int64_t channel_end, float* v, float* m) {
+  constexpr int64_t kColumns = kTileColumns<float>;
+  const int64_t first = block * plan.block_tiles, count = min_of(plan.block_tiles, plan.tiles - first);
+  transform_block_nchw<T>(p, plan, first, count, v);
+  for (int64_t channel = channel_begin; channel < channel_end; channel += kTileRows) {
+    const int64_t live = min_of(kTileRows, channel_end - channel);
+    const TileFunction<float> multiply = kTiles<float, Rows::depth_contiguous>.at(live, count);
+    for (int64_t f = 0; f < kWinogradProducts; ++f) {
+      TileCall<float> call{};
+      call.a = filters + (f * p.m + channel) * plan.pitch, call.a_stride = plan.pitch;
+      call.b = v + f * p.c * kColumns, call.depth = p.c;
+      call.out = m + f * kTileRows * kColumns, call.out_stride = kColumns;
+      multiply(call);
+    }
+    for (int64_t row = 0; row < live; ++row)
+      finish_channel_nchw<T>(p, plan, first, count, channel + row, m + row * kColumns);
+  }
+}
+
+// ---------------------------------------------------------------- NHWC
+
+/// V[product][tile][pitch of c] of a block.
+template <class T>
+void transform_block_nhwc(const GemmConv& p, const WinogradPlan& plan, int64_t first, int64_t count, float* v) {
+  constexpr int64_t kLane = simd::kLanes<float>;
+  for (int64_t tile = 0; tile < count; ++tile) {
+    const int64_t column = (first + tile) % plan.columns, row = (first + tile) / plan.columns % plan.rows;
+    const int64_t image = (first + tile) / plan.columns / plan.rows;
+    const int64_t h = row * kWinogradOutputs + plan.first_h, w = column * kWinogradOutputs + plan.first_w;
+    const T* pixels[kWinogradProducts];
+    for (int64_t f = 0; f < kWinogradProducts; ++f) {
+      const int64_t y = h + f / 6, x = w + f % 6;
+      const bool reads = inside(y, p.h) && inside(x, p.w);
+      pixels[f] =
+          reads ? static_cast<const T*>(p.x) + image * p.x_strides.n + y * p.x_strides.h + x * p.x_strides.w : nullptr;
+    }
+    for (int64_t c = 0; c < p.c; c += kLane) {
+      const int64_t live = min_of(kLane, p.c - c);
+      simd::Vec<float> d[kWinogradProducts], result[kWinogradProducts];
+      for (int f = 0; f < kWinogradProducts; ++f)
+        d[f] = pixels[f] == nullptr ? simd::zero<float>()
+               : live == kLane      ? simd::load(pixels[f] + c)
+                                    : simd::load_first(pixels[f] + c, live);
+      transform_input<float>(d, result);
+      float* to = v + tile * plan.pitch + c;
+#pragma GCC unroll 36
+      for (int f = 0; f < kWinogradProducts; ++f) simd::store<float>(to + f * plan.block_tiles * plan.pitch, result[f]);
+    }
+  }
+}
+
+/// The outputs of one tile for kLanes channels from M[product][block_tiles][kTileColumns].
+template <class T>
+void finish_tile_nhwc(const GemmConv& p, const WinogradPlan& plan, int64_t tile, int64_t channel, int64_t live,
+                      const float* m) {
+  constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
+  simd::Vec<float> products[kWinogradProducts], outputs[16];
+#pragma GCC unroll 36
+  for (int f = 0; f < kWinogradProducts; ++f) products[f] = simd::load(m + f * plan.block_tiles * kColumns);
+  transform_output<float>(products, outputs);
+  const Epilogue& e = p.epilogue;
+  const auto scale =
+      e.scale ? simd::load_first(static_cast<const float*>(e.scale) + channel, live) : simd::broadcast(1.0f);
+  const auto shift =
+      e.shift ? simd::load_first(static_cast<const float*>(e.shift) + channel, live) : simd::zero<float>();
+  const int64_t i = tile / plan.columns % plan.rows * kWinogradOutputs, j = tile % plan.columns * kWinogradOutputs;
+  const int64_t base = p.y_offset + tile / plan.columns / plan.rows * p.y_strides.n + channel;
+  for (int64_t r = 0; r < min_of(kWinogradOutputs, p.i - i); ++r)
+    for (int64_t s = 0; s < min_of(kWinogradOutputs, p.j - j); ++s) {
+      const int64_t offset = base + (i + r) * p.y_strides.h + (j + s) * p.y_strides.w;
+      auto value = simd::fma<float>(outputs[r * 4 + s], scale, shift);
+      if (e.residual) value = value + simd::load_first(static_cast<const T*>(e.residual) + offset, live);
+      value = simd::activate<float>(value, e.activation);
+      if (live == kLane) simd::store<T>(static_cast<T*>(p.y) + offset, value);
+      else simd::store_first<T>(static_cast<T*>(p.y) + offset, value, live);
+    }
+}
+
+template <class T>
+void convolve_block_nhwc(const GemmConv& p, const WinogradPlan& plan, const float* filters, int64_t block,
+                         int64_t channel_begin, int64_t channel_end, float* v, float* m) {
+  constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
+  const int64_t first = block * plan.block_tiles, count = min_of(plan.block_tiles, plan.tiles - first);
+  transform_block_nhwc<T>(p, plan, first, count, v);
+  const RowTiles rows(count);
+  for (int64_t channel = channel_begin; channel < channel_end; channel += kColumns) {
+    const int64_t columns = min_of(kColumns, channel_end - channel);
+    for (int64_t f = 0; f < kWinogradProducts; ++f)
+      for (int64_t tile = 0; tile < rows.tiles; ++tile) {
+        TileCall<float> call{};
+        call.a = v + (f * plan.block_tiles + rows.begin(tile)) * plan.pitch, call.a_stride = plan.pitch;
+        call.b = filters + (channel / kColumns * kWinogradProducts + f) * p.c * kColumns, call.depth = p.c;
+        call.out = m + (f * plan.block_tiles + rows.begin(tile)) * kColumns, call.out_stride = kColumns;
+        kTiles<float, Rows::depth_contiguous>.at(rows.begin(tile + 1) - rows.begin(tile), columns)(call);
+      }
+    for (int64_t tile = 0; tile < count; ++tile)
+      for (int64_t lane = 0; lane < columns; lane += kLane)
+        finish_tile_nhwc<T>(p, plan, first + tile, channel + lane, min_of(kLane, columns - lane),
+                            m + tile * kColumns + lane);
+  }
+}
+
+// ---------------------------------------------------------------- both
+
+template <class T>
+void convolve_winograd(const GemmConv& p, Layout layout) {
+  constexpr int64_t kColumns = kTileColumns<float>, kFloat = sizeof(float);
+  const WinogradPlan plan(p, layout, kTileRows, kColumns, simd::kLanes<float>);
+  const bool nchw = layout == Layout::nchw;
+  Scratch filters(kWinogradProducts * (nchw ? p.m * plan.pitch : round_up(p.m, kColumns) * p.c) * kFloat);
+  transform_filters<T>(p, plan, layout, filters.as<float>());
+  parallel_for(0, plan.parts * plan.blocks, 1, [&](int64_t begin, int64_t end) {
+    Scratch v(kWinogradProducts * (nchw ? p.c * kColumns : plan.block_tiles * plan.pitch) * kFloat);
+    Scratch m(kWinogradProducts * (nchw ? kTileRows : plan.block_tiles) * kColumns * kFloat);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t channel = task / plan.blocks * plan.channels_per_part;
+      const auto convolve = nchw ? convolve_block_nchw<T> : convolve_block_nhwc<T>;
+      convolve(p, plan, filters.as<float>(), task % plan.blocks, channel, min_of(p.m, channel + plan.channels_per_part),
+               v.as<float>(), m.as<float>());
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastconv

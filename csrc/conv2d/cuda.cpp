@@ -1,0 +1,93 @@
+// The convolution ops on CUDA tensors: kernels chosen by cuda_select.h.
+#include "conv2d/cuda_launch.h"
+#include "conv2d/cuda_select.h"
+#include "conv2d/host.h"
+#include "cuda_support/host.h"
+#include "depthwise/cuda_launch.h"
+
+namespace fastconv::cuda {
+namespace {
+
+/// Per-channel numbers as the kernels read them; holds the tensor that they are in.
+class ChannelOperand {
+ public:
+  ChannelOperand(const char* op, const std::optional<Tensor>& values) {
+    if (!values) return;
+    const bool has_gaps = values->numel() > 1 && values->stride(0) != 1;
+    tensor_ = has_gaps ? torch::stable::contiguous(*values) : *values;
+    numbers_ = {tensor_->const_data_ptr(), dtype_of(op, *values)};
+  }
+  const ChannelNumbers& numbers() const { return numbers_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  ChannelNumbers numbers_;
+};
+
+[[noreturn]] void no_launcher() { throw std::logic_error("the chosen kernel has no launcher for this pass"); }
+
+struct CudaConv2d {
+  static CudaKernel select(const ConvProblem& p, ConvPass pass, std::string_view algo) {
+    return select_cuda_conv2d(p, pass, algo);
+  }
+
+  static void forward(CudaKernel kernel, const ConvProblem& p, const Tensor& x, const Tensor& weight,
+                      const FusedOperands& fused, Tensor& y) {
+    const OnDevice device(x);
+    const ChannelOperand scale("conv2d", fused.scale), shift("conv2d", fused.shift);
+    const CudaEpilogue epilogue{scale.numbers(), shift.numbers(),
+                                fused.residual ? fused.residual->const_data_ptr() : nullptr, fused.activation};
+    const auto launch = kernel == CudaKernel::stem_mma        ? launch_stem_mma_forward
+                        : kernel == CudaKernel::stem          ? launch_stem_forward
+                        : kernel == CudaKernel::depthwise     ? launch_depthwise_forward
+                        : kernel == CudaKernel::conv2d_direct ? launch_direct_forward
+                                                              : nullptr;
+    if (launch == nullptr) no_launcher();
+    launch(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), epilogue, device.stream());
+    count_call(kernel);
+  }
+
+  static void input_grad(CudaKernel kernel, const ConvProblem& p, const Tensor& grad, const Tensor& weight,
+                         Tensor& grad_input) {
+    const OnDevice device(grad);
+    const auto launch = kernel == CudaKernel::depthwise_input_grad       ? launch_depthwise_input_grad
+                        : kernel == CudaKernel::conv2d_input_grad_direct ? launch_direct_input_grad
+                                                                         : nullptr;
+    if (launch == nullptr) no_launcher();
+    launch(p, grad.const_data_ptr(), weight.const_data_ptr(), grad_input.mutable_data_ptr(), device.stream());
+    count_call(kernel);
+  }
+
+  static void weight_grad(CudaKernel kernel, const ConvProblem& p, const Tensor& grad, const Tensor& x,
+                          Tensor& grad_weight) {
+    const OnDevice device(grad);
+    const void *from_grad = grad.const_data_ptr(), *from_x = x.const_data_ptr();
+    void* to = grad_weight.mutable_data_ptr();
+    if (kernel == CudaKernel::depthwise_weight_grad) {
+      Workspace workspace(grad, depthwise_weight_grad_workspace(p));
+      launch_depthwise_weight_grad(p, from_grad, from_x, to, workspace.floats(), device.stream());
+    } else if (kernel == CudaKernel::stem_weight_grad) {
+      Workspace workspace(grad, stem_weight_grad_workspace(p));
+      launch_stem_weight_grad(p, from_grad, from_x, to, workspace.floats(), device.stream());
+    } else if (kernel == CudaKernel::conv2d_weight_grad_direct) {
+      launch_direct_weight_grad(p, from_grad, from_x, to, device.stream());
+    } else {
+      no_launcher();
+    }
+    count_call(kernel);
+  }
+
+  static void bias_grad(const Tensor& grad, int64_t n, int64_t k, int64_t plane, Layout layout, DType dtype,
+                        Tensor& grad_bias) {
+    const OnDevice device(grad);
+    Workspace workspace(grad, bias_grad_workspace(n, k, plane, layout));
+    launch_bias_grad(grad.const_data_ptr(), grad_bias.mutable_data_ptr(), workspace.floats(), n, k, plane, layout,
+                     dtype, device.stream());
+    count_call(CudaKernel::conv2d_bias_grad);
+  }
+};
+
+}  // namespace
+}  // namespace fastconv::cuda
+
+FASTCONV_CUDA_LIBRARY(m) { fastconv::Conv2dOps<fastconv::cuda::CudaConv2d>::add_to(m); }

@@ -1,0 +1,23 @@
+#include "common/registry.h"
+
+#include "common/call_counts.h"
+#include "cuda_support/host.h"
+
+namespace fastconv {
+namespace {
+
+CallCounts<CudaKernel> counts;
+
+Tensor kernel_counts() { return counts.read(); }
+void reset_kernel_counts() { counts.reset(); }
+
+}  // namespace
+
+void count_call(CudaKernel kernel) { counts.add(kernel); }
+
+}  // namespace fastconv
+
+STABLE_TORCH_LIBRARY_IMPL(FASTCONV_CUDA_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("cuda_kernel_counts", TORCH_BOX(&fastconv::kernel_counts));
+  m.impl("reset_cuda_kernel_counts", TORCH_BOX(&fastconv::reset_kernel_counts));
+}
