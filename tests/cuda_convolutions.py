@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from cuda_memory import check_guards as assert_guarded
+from cuda_memory import room
 from emulator_library import ConvProblem, DType, Library
 from reference import Conv, Results, allowances, assert_within, results_by_torch
 from torch import Tensor
 
 from fastconv.ops import conv2d as ops
 
-GUARD_BYTES = 256
 NAN = float("nan")
 
 
@@ -50,21 +51,12 @@ class CudaEpilogue(ctypes.Structure):
 
 
 def placed(values: Tensor, offset: int) -> Tensor:
-    """A copy with the same strides, `offset` elements past an address aligned to 256 bytes, amid NaN."""
-    guard = GUARD_BYTES // values.element_size()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
-    buffer = torch.full((extent + 3 * guard + offset,), NAN, dtype=values.dtype)
-    start = guard + (-buffer.data_ptr() % GUARD_BYTES) // values.element_size() + offset
-    return buffer.as_strided(values.shape, values.stride(), start).copy_(values)
-
-
-def assert_guarded(view: Tensor) -> None:
-    """Nothing was written beside a tensor that `placed` made."""
-    buffer = torch.tensor([], dtype=view.dtype).set_(view.untyped_storage())
-    first = view.storage_offset()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
-    outside = torch.cat([buffer[:first], buffer[first + extent :]])
-    assert outside.isnan().all(), "elements beside the tensor were written"
+    """A copy with the same strides, `offset` elements past an address aligned to 64 bytes, amid NaN."""
+    bytes_each = values.element_size()
+    memory, start = room(values.numel() * bytes_each, offset * bytes_each)
+    typed = torch.tensor([], dtype=values.dtype)
+    typed.set_(memory.untyped_storage(), start // bytes_each, values.shape, values.stride())
+    return typed.copy_(values)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool, offset: int = 0) -> Tensor:
@@ -113,9 +105,9 @@ class CudaRun:
         arguments: list[Tensor | ConvProblem] = [self.described, self.tensors["grad"], self.tensors["x"], grad_weight]
         workspace = None
         if ("conv2d_weight_grad_workspace", algo) in library.signatures:
-            floats = torch.full((1,), -1, dtype=torch.int64)
-            library.call("conv2d_weight_grad_workspace", algo, self.described, floats)
-            workspace = placed(torch.full((int(floats),), NAN), 0)
+            floats = library.call("conv2d_weight_grad_workspace", algo, self.described)
+            assert floats is not None
+            workspace = placed(torch.full((floats,), NAN), 0)
             arguments.append(workspace)
         library.call("conv2d_weight_grad", algo, *arguments)
         assert_guarded(grad_weight)

@@ -2,10 +2,17 @@
 
 Guards and fresh outputs are filled with the byte 0xff: NaN in every floating-point type, 255 as an offset, -1 as an
 index, none of which a right kernel writes.
+
+Guards do not tell who reads them and drops the value. With ``FASTCONV_FENCES=1`` in the environment, tensors lie
+between pages that may not be touched, their first or their last byte ``shift`` bytes from one: a read outside ends the
+process, as it may on a GPU. ``cuda_fuzz.py`` runs with it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import random
 
 import torch
@@ -16,6 +23,29 @@ GUARD_BYTES = 128
 POISON = 0xFF
 
 
+FENCES = os.environ.get("FASTCONV_FENCES") == "1"
+_sides = random.Random(0)
+
+
+def _fenced(size: int, shift: int) -> tuple[Tensor, int]:
+    page = mmap.PAGESIZE
+    inside = max(1, -(-(size + shift) // page)) * page
+    pages = mmap.mmap(-1, inside + 2 * page)
+    memory = torch.frombuffer(pages, dtype=torch.uint8, count=inside, offset=page)  # keeps `pages`
+    for fence in (memory.data_ptr() - page, memory.data_ptr() + inside):
+        if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(fence), page, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    return memory.fill_(POISON), _sides.choice([shift, inside - size - shift])
+
+
+def room(size: int, shift: int) -> tuple[Tensor, int]:
+    """Poisoned bytes and where in them a tensor of ``size`` starts, ``shift`` bytes past a multiple of 64."""
+    if FENCES:
+        return _fenced(size, shift)
+    memory = torch.full((size + shift + 2 * GUARD_BYTES + 64,), POISON, dtype=torch.uint8)
+    return memory, GUARD_BYTES + -(memory.data_ptr() + GUARD_BYTES) % 64 + shift
+
+
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, shift: int = 0) -> Tensor:
     """A dense poisoned tensor that starts ``shift`` elements past a multiple of 64 bytes."""
     strides = torch.empty(shape, device="meta").contiguous(memory_format=memory_format).stride()
@@ -23,11 +53,10 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
     count = 1
     for size in shape:
         count *= size
-    buffer = torch.full(((count + shift) * bytes_each + 2 * GUARD_BYTES + 64,), POISON, dtype=torch.uint8)
-    start = GUARD_BYTES + -(buffer.data_ptr() + GUARD_BYTES) % 64 + shift * bytes_each
+    memory, start = room(count * bytes_each, shift * bytes_each)
     typed = torch.tensor([], dtype=dtype)
     assert start % bytes_each == 0, "a tensor's place counts in elements"
-    return typed.set_(buffer.untyped_storage(), start // bytes_each, shape, strides)
+    return typed.set_(memory.untyped_storage(), start // bytes_each, shape, strides)
 
 
 def placed(values: Tensor, memory_format: torch.memory_format, shift: int = 0) -> Tensor:

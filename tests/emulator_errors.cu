@@ -31,6 +31,9 @@ __device__ void wrong_warp(int which, uint32_t shared, float* global) {
   }
   if (which == 13) ptx::setmaxnreg_inc<232>();
   if (which == 14) atomicAdd(reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(global) + 2), 1.0f);
+  if (which == 16) load_vector<4>(global + 2);
+  if (which == 17) store_vector(global + 1, Vector<float, 2>{});
+  if (which == 18) load_streaming<4>(global + 3);
   if (which == 15 && lane < 16) {
     uint32_t r[1];
     ptx::ldmatrix_x1(r, shared);

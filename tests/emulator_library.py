@@ -11,6 +11,7 @@ Kinds of library:
 * ``plain``: optimised; for results.
 * ``checked``: every load and store of the kernels is seen by the race checks (``Options.check_races``).
 * ``address``: AddressSanitizer and UBSan; the process must have started with libasan preloaded.
+* ``planted``: plain, compiled without optimisation.
 * ``ucontext``: plain, with the context switch of machines other than x86-64.
 * ``debug``: plain, not optimised; for gdb.
 
@@ -34,6 +35,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from emulator_problems import ConvProblem as ConvProblem
+from emulator_problems import DType as DType
+from emulator_problems import Layout as Layout
+from emulator_problems import PoolProblem as PoolProblem
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +79,9 @@ KINDS = {
     "plain": Kind(("-O2",)),
     # Compiled for ThreadSanitizer and not linked with it: plain_access.cpp answers the calls.
     "checked": Kind(("-O1", "-fsanitize=thread")),
-    "address": Kind(("-O1", *SANITIZERS), ("-O1", *SANITIZERS), ("-fsanitize=address,undefined",)),
+    "address": Kind(("-O0", *SANITIZERS), ("-O1", *SANITIZERS), ("-fsanitize=address,undefined",)),
+    # Quick to compile: for kernels with planted bugs.
+    "planted": Kind(("-O0",)),
     "ucontext": Kind(("-O2",), fiber_flags=("-DFASTCONV_EMULATOR_UCONTEXT",)),
     "debug": Kind(("-Og",)),
 }
@@ -164,15 +171,27 @@ def _torch_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def build_file(
-    sources: Iterable[str | Path], kind: str = "plain", defines: Sequence[str] = (), torch_ops: bool = False
+    sources: Iterable[str | Path],
+    kind: str = "plain",
+    defines: Sequence[str] = (),
+    torch_ops: bool = False,
+    overlay: Path | None = None,
 ) -> Path:
-    """``build`` without loading: the library's path. ``torch_ops``: `.cpp` files include torch's headers."""
+    """``build`` without loading: the library's path.
+
+    ``torch_ops``: `.cpp` files include torch's headers. Files below ``overlay`` take the place of those of ``csrc``.
+    """
     chosen = KINDS[kind]
     torch_flags, link_flags = _torch_flags() if torch_ops else ((), ())
-    kernels = sorted((ROOT / source).resolve() for source in sources)
+    places = [overlay, ROOT] if overlay else [ROOT]
+    kernels = sorted(
+        next(place / source for place in places if (place / source).exists()).resolve() for source in sources
+    )
     emulator = [path for path in sorted(EMULATOR.glob("*.cpp")) if kind == "checked" or path.stem != "plain_access"]
     root = ROOT / "build" / "emulator"
     kernel_flags = (*chosen.kernel_flags, *(f"-D{symbol}" for symbol in defines))
+    if overlay:
+        kernel_flags += (f"-iquote{overlay / 'csrc'}",)  # before every -I
     jobs = [(source, chosen.emulator_flags) for source in emulator if source.stem != "fiber"]
     jobs += [(EMULATOR / "fiber.cpp", (*chosen.emulator_flags, *chosen.fiber_flags))]
     jobs += [(source, (*kernel_flags, *(torch_flags if source.suffix == ".cpp" else ()))) for source in kernels]
@@ -199,85 +218,6 @@ def _build_locked(jobs: list[tuple[Path, tuple[str, ...]]], root: Path, kind: st
         subprocess.run([*command, "-pthread", "-ldl"], check=True)
         fresh.replace(library)
     return library
-
-
-# ---------------------------------------------------------------- problems (csrc/common/problem.h)
-
-
-class DType(enum.IntEnum):
-    float32, float64, float16, bfloat16 = range(4)
-
-
-class Layout(enum.IntEnum):
-    nchw, nhwc = range(2)
-
-
-def _dtype_and_layout(tensor: torch.Tensor) -> tuple[int, int]:
-    dtype = DType[str(tensor.dtype).removeprefix("torch.")]
-    contiguous = tensor.is_contiguous()
-    if not contiguous and not tensor.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"a tensor of strides {tensor.stride()}, expected a dense one; call .contiguous()")
-    return dtype, Layout.nchw if contiguous else Layout.nhwc
-
-
-class Size2(ctypes.Structure):
-    _fields_ = [("h", ctypes.c_int64), ("w", ctypes.c_int64)]
-
-
-class Pad4(ctypes.Structure):
-    _fields_ = [(side, ctypes.c_int64) for side in ("top", "left", "bottom", "right")]
-
-
-class ConvProblem(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in "nchwkrs"),
-        ("stride", Size2),
-        ("dilation", Size2),
-        ("padding", Pad4),
-        ("groups", ctypes.c_int64),
-        ("layout", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-    ]
-
-    @classmethod
-    def of(
-        cls,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        groups: int = 1,
-    ) -> ConvProblem:
-        """Of an input (N, C, H, W), a weight (K, C / groups, R, S) and padding (top, left, bottom, right)."""
-        dtype, layout = _dtype_and_layout(x)
-        k, _, r, s = weight.shape
-        return cls(*x.shape, k, r, s, Size2(*stride), Size2(*dilation), Pad4(*padding), groups, layout, dtype)
-
-
-class PoolProblem(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in "nchwrs"),
-        ("stride", Size2),
-        ("dilation", Size2),
-        ("padding", Size2),
-        ("ceil_mode", ctypes.c_bool),
-        ("layout", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-    ]
-
-    @classmethod
-    def of(
-        cls,
-        x: torch.Tensor,
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        ceil_mode: bool = False,
-    ) -> PoolProblem:
-        dtype, layout = _dtype_and_layout(x)
-        return cls(*x.shape, *kernel, Size2(*stride), Size2(*dilation), Size2(*padding), ceil_mode, layout, dtype)
 
 
 # ---------------------------------------------------------------- calling
@@ -319,6 +259,7 @@ class Library:
         for question in ("op", "algo", "signature"):
             getattr(self._c, f"fastconv_emulator_launcher_{question}").restype = ctypes.c_char_p
         self._numbers: dict[tuple[str, str], int] = {}
+        self._answering: set[tuple[str, str]] = set()
         self.signatures: dict[tuple[str, str], list[str]] = {}
         for number in range(self._c.fastconv_emulator_launcher_count()):
             op, algo, signature = (
@@ -328,6 +269,8 @@ class Library:
             if (op, algo) in self._numbers:
                 raise RuntimeError(f"two launchers are called ({op}, {algo}); every pair must be unique")
             self._numbers[op, algo] = number
+            if self._c.fastconv_emulator_launcher_returns_number(number):
+                self._answering.add((op, algo))
             self.signatures[op, algo] = signature.split()
 
     def configure(
@@ -347,8 +290,11 @@ class Library:
         self._c.fastconv_emulator_statistics(counts)
         return dict(zip(("launches", "switches", "tma_operations", "wgmma_warps"), counts, strict=True))
 
-    def call(self, op: str, algo: str, *arguments: Argument) -> None:
-        """Runs the launcher: problems as structures, tensors for pointers (None for null), numbers; no stream."""
+    def call(self, op: str, algo: str, *arguments: Argument) -> int | None:
+        """Runs the launcher: problems as structures, tensors for pointers (None for null), numbers; no stream.
+
+        Returns its number, None if it has none.
+        """
         words = self.signatures.get((op, algo))
         if words is None:
             known = ", ".join(map(str, sorted(self.signatures)))
@@ -357,10 +303,13 @@ class Library:
             raise TypeError(f"({op}, {algo}) takes {len(words)} arguments, {' '.join(words)}; got {len(arguments)}")
         values = [_as_c(word, argument) for word, argument in zip(words, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        error = ctypes.create_string_buffer(8192)
-        if self._c.fastconv_emulator_call(self._numbers[op, algo], pointers, error, ctypes.sizeof(error)):
+        result, error = ctypes.c_int64(), ctypes.create_string_buffer(8192)
+        if self._c.fastconv_emulator_call(
+            self._numbers[op, algo], pointers, ctypes.byref(result), error, ctypes.sizeof(error)
+        ):
             raise RuntimeError(error.value.decode(errors="replace"))
         records.setdefault((op, algo), Record()).cases += 1
+        return result.value if (op, algo) in self._answering else None
 
 
 def _as_c(word: str, argument: Argument) -> ctypes.Structure | ctypes._SimpleCData:  # type: ignore[type-arg]

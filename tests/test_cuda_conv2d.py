@@ -94,22 +94,29 @@ def test_relu_keeps_nan(library: Library, channels_last: bool) -> None:
         assert int(y.isnan().sum()) == 1
 
 
+def check_bias_grad(library: Library, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool) -> None:
+    n, k, h, w = shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    values = torch.randint(-3, 4, shape).to(dtype).to(memory_format=layout)
+    grad, result = placed(values, 1), empty((k, 1, 1, 1), dtype, False, 1)
+    sizes = (n, k, h * w, int(channels_last))
+    floats = library.call("conv2d_bias_grad_workspace", "rows", *sizes)
+    assert floats is not None
+    workspace = placed(torch.full((floats,), float("nan")), 0)
+    dtype_code = DType[str(dtype).removeprefix("torch.")]
+    library.call("conv2d_bias_grad", "rows", grad, result, workspace, *sizes, dtype_code)
+    assert_guarded(result)
+    assert_guarded(workspace)
+    assert torch.equal(result.flatten(), values.double().sum((0, 2, 3)).to(dtype))
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (5, 70, 3, 3), (1, 1, 1, 1), (3, 130, 40, 1), (9, 2, 33, 31)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @LAYOUTS
 def test_bias_grad(library: Library, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool) -> None:
-    n, k, h, w = shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    values = torch.randint(-3, 4, shape).to(dtype).to(memory_format=layout)
     for sm_count in (1, 132):
         with configured(library, sm_count=sm_count):
-            grad, result = placed(values, 1), empty((k, 1, 1, 1), dtype, False, 1)
-            workspace = placed(torch.full((4096 * k,), float("nan")), 0)
-            dtype_code = DType[str(dtype).removeprefix("torch.")]
-            arguments = (n, k, h * w, int(channels_last), dtype_code)
-            library.call("conv2d_bias_grad", "rows", grad, result, workspace, *arguments)
-        assert_guarded(result)
-        assert torch.equal(result.flatten(), values.double().sum((0, 2, 3)).to(dtype))
+            check_bias_grad(library, dtype, shape, channels_last)
 
 
 @LAYOUTS
@@ -126,6 +133,15 @@ def test_no_races(channels_last: bool) -> None:
             arguments = (2, 66, 9, int(channels_last), DType.float32)
             checked.call("conv2d_bias_grad", "rows", grad, result, workspace, *arguments)
             assert torch.equal(result, torch.full((66,), 18.0))
+
+
+@LAYOUTS
+def test_empty_batch(library: Library, channels_last: bool) -> None:
+    """Empty results need no launch; a weight gradient of nothing is zero."""
+    run = CudaRun(Conv(n=0, size=(5, 6)), channels_last)
+    results = run.results(library, "direct")
+    assert results["output"].shape[0] == results["input"].shape[0] == 0
+    assert torch.equal(results["weight"], torch.zeros_like(results["weight"]))
 
 
 def test_float64_is_refused(library: Library) -> None:

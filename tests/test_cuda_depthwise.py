@@ -140,3 +140,11 @@ def test_refuses_with_a_reason(library: Library) -> None:
     ):
         with pytest.raises(RuntimeError, match=reason):
             CudaRun(problem).forward(library, "depthwise")
+
+
+def test_more_channels_than_blocks_along_y_are_refused(library: Library) -> None:
+    run = CudaRun(depthwise(4, (3, 3)), channels_last=True)
+    run.described.c = run.described.k = run.described.groups = 65535 * 64 + 1
+    run.described.layout = 1
+    with pytest.raises(RuntimeError, match="fewer than 2\\^22 channels"):
+        run.forward(library, "depthwise")

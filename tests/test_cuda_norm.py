@@ -150,11 +150,8 @@ def test_alexnets_layers(library, shape, memory_format):
             check(library, norm, *torch.randn((2, *norm.shape), generator=generator))
 
 
-@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("size", [5, 3])
-def test_zero_and_infinite_divisors_are_the_cpus(library, memory_format, size):
+def check_edges(library: Library, memory_format: torch.memory_format, size: int, generator: torch.Generator) -> None:
     """k = 0 over zeros divides by zero; 1e20 squared is infinite in float32. Edges must not invent NaN."""
-    _, generator = generators(3)
     for k, large in ((0.0, 1.0), (1.0, 1e20)):
         norm = Norm((1, 24, 2, 4), size, 1.0, 0.75, k, memory_format=memory_format)
         values = torch.randn(norm.shape, generator=generator) * 0.5 + 1
@@ -167,6 +164,25 @@ def test_zero_and_infinite_divisors_are_the_cpus(library, memory_format, size):
         zeros = norm.placed(torch.zeros(norm.shape))
         actual, expected = run(library, norm, zeros, other), run_on_cpu(norm, zeros, other)
         assert torch.equal(actual[0].isnan(), expected[0].isnan()), norm
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("size", [5, 3])
+def test_zero_and_infinite_divisors_are_the_cpus(library, memory_format, size):
+    check_edges(library, memory_format, size, torch.Generator().manual_seed(3))
+
+
+def test_nothing_to_normalise(library):
+    for shape in ((0, 8, 4, 4), (2, 0, 4, 4)):
+        for memory_format in FORMATS:
+            norm = Norm(shape, memory_format=memory_format)
+            run(library, norm, norm.fresh(), norm.fresh())
+
+
+def test_planes_of_more_than_32_bits_do_not_walk(library):
+    problem = NormProblem(1, 8, 1 << 33, 5, 1e-4, 0.75, 2.0, 0, int(DType.float16))
+    why = explained(library, "explain_local_response_norm", problem, None, None, None, algo="channels")
+    assert why.startswith("any: 2^31 pixels")
 
 
 def test_kernels_do_not_race(checked):

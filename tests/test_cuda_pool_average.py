@@ -181,3 +181,24 @@ def test_in_slices_and_without_races(checked):
         for dtype in DTYPES:
             for shape in [(2, 40, 7, 7), (1, 90, 7, 7), (1, 3, 14, 14), (1, 1, 40, 64)]:
                 check_global(checked, Pool(shape, (1, 1), (1, 1), dtype=dtype, memory_format=memory_format), generator)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 0, 4, 4)], ids=["images", "channels"])
+def test_nothing_to_pool(library, shape):
+    for memory_format in FORMATS:
+        pool = Pool(shape, (2, 2), (2, 2), memory_format=memory_format)
+        x, y, global_y = pool.fresh(shape), pool.fresh((*shape[:2], 2, 2)), pool.fresh((*shape[:2], 1, 1))
+        library.call("max_pool2d", "windows", pool.of(x), x, y, None)
+        library.call("avg_pool2d", "windows", pool.of(x), True, 0.0, x, y)
+        library.call("avg_pool2d_backward", "windows", pool.of(x), True, 0.0, y, x)
+        library.call("adaptive_avg_pool2d", "windows", pool.of(x), 2, 2, x, y)
+        library.call("adaptive_avg_pool2d", "global", pool.of(x), x, global_y)
+        library.call("adaptive_avg_pool2d_backward", "global", pool.of(x), global_y, x)
+
+
+def test_sizes_beyond_32_bits_are_refused(library):
+    """torch takes a stride of 2^31 - 1; 32-bit positions plus it would overflow."""
+    pool = Pool((1, 1, 8, 10), (1, 1), (1, 2**31 - 1))
+    x, y = pool.fresh(pool.shape), pool.fresh((1, 1, 8, 1))
+    with pytest.raises(RuntimeError, match="a size of 2147483647, expected at most 1073741823"):
+        library.call("avg_pool2d_backward", "windows", pool.of(x), True, 0.0, y, x)

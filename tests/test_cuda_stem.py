@@ -11,7 +11,8 @@ from cuda_convolutions import ACTIVATIONS, CudaRun, assert_matches, check_epilog
 from emulator_library import Library, Timing, build
 from reference import Conv
 
-SOURCES = ["csrc/conv2d/cuda_stem.cu", "csrc/conv2d/cuda_stem_mma.cu", "csrc/conv2d/cuda_stem_weight_grad.cu"]
+KERNELS = ("stem", "stem_mma", "stem_input_grad", "stem_weight_grad")
+SOURCES = [f"csrc/conv2d/cuda_{name}.cu" for name in KERNELS]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 
@@ -39,7 +40,7 @@ def stem(window: int, stride: int, padding: int, filters: int, size: tuple[int, 
 
 def check(library: Library, problem: Conv, channels_last: bool, offset: int = 0) -> None:
     run = CudaRun(problem, channels_last, offset)
-    assert_matches(run, {"output": run.forward(library, "stem"), "weight": run.weight_grad(library, "stem")})
+    assert_matches(run, run.results(library, "stem"))
     if problem.dtype != torch.float32:
         assert_matches(run, {"output": run.forward(library, "stem_mma")})
 
@@ -97,20 +98,63 @@ def test_epilogue(library: Library, dtype: torch.dtype, activation: str, channel
         check_epilogue(library, algo, stem(3, 2, 1, 11, (9, 12), dtype=dtype), activation, channels_last)
 
 
+def check_nan(library: Library, algo: str, window: int, stride: int, channels_last: bool) -> None:
+    problem = stem(window, stride, 0, 9, (23, 23), n=1, dtype=torch.float16)
+    run = CudaRun(problem, channels_last)
+    run.tensors["x"][0, 1, 11, 11] = float("nan")
+    y = run.forward(library, algo)
+    touched = torch.zeros(y.shape[2:], dtype=torch.bool)
+    starts = range(0, 23 - window + 1, stride)
+    reached = [i for i, start in enumerate(starts) if start <= 11 < start + window]
+    touched[reached[0] : reached[-1] + 1, reached[0] : reached[-1] + 1] = True
+    assert torch.equal(y.isnan(), touched.expand_as(y))
+
+
 @LAYOUTS
 @pytest.mark.parametrize("algo", ["stem", "stem_mma"])
 def test_nan_stays_in_its_windows(library: Library, algo: str, channels_last: bool) -> None:
     """Tensor cores multiply more than the window: what lies beside it must not get in."""
     for window, stride in ((3, 1), (5, 1), (7, 2), (11, 4)):
-        problem = stem(window, stride, 0, 9, (23, 23), n=1, dtype=torch.float16)
-        run = CudaRun(problem, channels_last)
-        run.tensors["x"][0, 1, 11, 11] = float("nan")
-        y = run.forward(library, algo)
-        touched = torch.zeros(y.shape[2:], dtype=torch.bool)
-        starts = range(0, 23 - window + 1, stride)
-        reached = [i for i, start in enumerate(starts) if start <= 11 < start + window]
-        touched[reached[0] : reached[-1] + 1, reached[0] : reached[-1] + 1] = True
-        assert torch.equal(y.isnan(), touched.expand_as(y))
+        check_nan(library, algo, window, stride, channels_last)
+
+
+@LAYOUTS
+def test_on_devices_of_little_shared_memory(library: Library, channels_last: bool) -> None:
+    with configured(library, capability=86):
+        for channels in (1, 3):
+            problem = stem(11, 4, 2, 64, (24, 28), n=1, c_per_group=channels, dtype=torch.float16, integers=True)
+            check(library, problem, channels_last)
+            run = CudaRun(replace(problem, stride=(1, 1), size=(12, 15)), channels_last)
+            assert_matches(run, {"output": run.forward(library, "stem_mma")})
+
+
+@LAYOUTS
+def test_windows_smaller_than_the_stride(library: Library, channels_last: bool) -> None:
+    """Elements that no window reaches have a gradient of zero."""
+    for kernel, stride in (((1, 1), (2, 2)), ((2, 3), (4, 4)), ((1, 3), (3, 1)), ((5, 2), (1, 4))):
+        problem = Conv(kernel=kernel, stride=stride, k_per_group=9, size=(13, 18), padding=(0, 1, 2, 0), integers=True)
+        check(library, problem, channels_last)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_whole_vectors_of_filters(library: Library, channels: int, channels_last: bool) -> None:
+    for dtype in DTYPES:
+        for sm_count in (1, 132):
+            with configured(library, sm_count=sm_count):
+                problem = stem(3, 1, 1, 24, (19, 70), n=2, c_per_group=channels, dtype=dtype, integers=True)
+                check(library, problem, channels_last)
+
+
+@LAYOUTS
+def test_nan_gradient_reaches_its_window_alone(library: Library, channels_last: bool) -> None:
+    for window, stride in ((3, 1), (5, 1), (7, 2), (11, 4), (2, 4)):
+        run = CudaRun(stem(window, stride, 0, 9, (33, 43), n=1), channels_last)
+        run.tensors["grad"][0, 4, 3, 5] = float("nan")
+        grad_x = run.input_grad(library, "stem")
+        touched = torch.zeros(grad_x.shape[2:], dtype=torch.bool)
+        touched[3 * stride : 3 * stride + window, 5 * stride : 5 * stride + window] = True
+        assert torch.equal(grad_x.isnan(), touched.expand_as(grad_x))
 
 
 @LAYOUTS

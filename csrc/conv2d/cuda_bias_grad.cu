@@ -103,5 +103,6 @@ void launch_bias_grad(const void* grad, void* grad_bias, float* workspace, int64
 }
 
 FASTCONV_LAUNCHER("conv2d_bias_grad", "rows", launch_bias_grad);
+FASTCONV_LAUNCHER("conv2d_bias_grad_workspace", "rows", bias_grad_workspace);
 
 }  // namespace fastconv::cuda

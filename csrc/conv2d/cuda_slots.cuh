@@ -29,10 +29,9 @@ __global__ void __launch_bounds__(kSlotColumns* kSlotRows)
   grad_weight[weight] = from_float<T>(sum);
 }
 
-}  // namespace
-
-inline void launch_add_slots(DType dtype, const float* partial, void* grad_weight, int slots, int64_t weights,
-                             cudaStream_t stream) {
+// Not inline: it names a kernel that every file has for itself.
+void launch_add_slots(DType dtype, const float* partial, void* grad_weight, int slots, int64_t weights,
+                      cudaStream_t stream) {
   dispatch_element("weight gradient", dtype, [&](auto element) {
     using T = decltype(element);
     launch(FASTCONV_KERNEL(add_slots<T>), blocks_for(weights, kSlotColumns), dim3(kSlotColumns, kSlotRows), 0, stream,
@@ -40,4 +39,5 @@ inline void launch_add_slots(DType dtype, const float* partial, void* grad_weigh
   });
 }
 
+}  // namespace
 }  // namespace fastconv::cuda

@@ -35,6 +35,10 @@ struct StemMmaBlocks {
 
   int filters() const { return filter_groups * kWarpFilters; }
   int64_t weight_bytes(const ConvProblem& p) const { return p.r * run * filters() * 32; }
+  /// All but the slab: results, scales and shifts, weights.
+  int64_t fixed_bytes(const ConvProblem& p) const {
+    return (kWarps * kBufferWords + 2 * filters()) * int64_t{sizeof(float)} + weight_bytes(p);
+  }
   int64_t slab_bytes(const StemTile& tile) const { return int64_t{tile.slab_rows} * row_pixels * 8; }
 };
 
@@ -174,11 +178,14 @@ void launch_stem_mma_forward(const ConvProblem& p, const void* x, const void* we
     throw std::runtime_error("the CUDA stem kernel on tensor cores refuses " + describe(p) + ": " + reason +
                              "; the stem kernel without them serves it");
   StemMmaBlocks blocks;
-  // 64 filters share a slab where that wastes none.
-  blocks.filter_groups = round_up(p.k, 64) == round_up(p.k, 32) ? 2 : 1;
-  blocks.filter_tiles = static_cast<int>(ceil_div(p.k, blocks.filters()));
-  const StemTile tile = choose_stem_tile(p, kWarps / blocks.filter_groups * kWarpPixels, kSlabBytes);
   blocks.run = static_cast<int>(ceil_div(p.s, 4));
+  const auto room = [&] { return device_properties().shared_bytes_per_block - blocks.fixed_bytes(p); };
+  // 64 filters share a slab where that wastes none; but those of 11x11 alone fill the 99 KB of some devices.
+  blocks.filter_groups = round_up(p.k, 64) == round_up(p.k, 32) ? 2 : 1;
+  if (room() < kSlabBytes) blocks.filter_groups = 1;
+  blocks.filter_tiles = static_cast<int>(ceil_div(p.k, blocks.filters()));
+  const StemTile tile =
+      choose_stem_tile(p, kWarps / blocks.filter_groups * kWarpPixels, std::min(kSlabBytes, room() / 2));
   blocks.row_pixels = tile.slab_columns + 4 * blocks.run - static_cast<int>(p.s);
   blocks.by_row_pixels = FastDivide(blocks.row_pixels);
   blocks.tiles = p.n * tile.tiles_p * tile.tiles_q;
@@ -186,8 +193,7 @@ void launch_stem_mma_forward(const ConvProblem& p, const void* x, const void* we
   const int64_t wanted = ceil_div(4 * int64_t{device_properties().sm_count}, blocks.filter_tiles);
   blocks.tiles_per_block = static_cast<int>(std::clamp<int64_t>(blocks.tiles / wanted, 1, 16));
   const dim3 grid(blocks_for(blocks.tiles, blocks.tiles_per_block), static_cast<unsigned>(blocks.filter_tiles));
-  const size_t shared =
-      (kWarps * kBufferWords + 2 * blocks.filters()) * sizeof(float) + blocks.weight_bytes(p) + blocks.slab_bytes(tile);
+  const auto shared = static_cast<size_t>(blocks.fixed_bytes(p) + blocks.slab_bytes(tile));
   const auto run = [&](auto element) {
     using T = decltype(element);
     launch(FASTCONV_KERNEL(stem_mma<T>), grid, kStemThreads, shared, stream, p, tile, blocks, static_cast<const T*>(x),

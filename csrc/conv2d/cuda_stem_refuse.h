@@ -5,7 +5,7 @@
 
 namespace fastconv {
 
-/// Null if csrc/conv2d/cuda_stem*.cu serve the problem (forward and weight gradient), else the reason.
+/// Null if csrc/conv2d/cuda_stem*.cu serve the problem (all three passes), else the reason.
 inline const char* refuse_stem_cuda(const ConvProblem& p) {
   constexpr int64_t kInt = 0x7fffffff;
   if (p.dtype == DType::f64) return "it computes in float32 and would round float64";

@@ -28,14 +28,16 @@ struct DeviceProperties {
 /// An sm_90 of few multiprocessors, so that persistent kernels loop even over small problems.
 inline DeviceProperties device_properties() {
   const emulator::Options& options = emulator::options();
-  return {options.capability, options.sm_count, 227 << 10, 228 << 10, 64 << 10, 2048, 50 << 20};
+  const int shared = static_cast<int>(emulator::shared_limit());
+  return {options.capability, options.sm_count, shared, shared + 1024, 64 << 10, 2048, 50 << 20};
 }
 
 #else
 
 inline void check(cudaError_t status, const char* asked) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA could not answer ") + asked + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw std::runtime_error(std::string("CUDA could not answer ") + asked + ": " + cudaGetErrorString(status));
 }
 
 inline DeviceProperties read_device_properties(int device) {

@@ -48,10 +48,12 @@ inline constexpr int kVectorElements = 16 / static_cast<int>(sizeof(T));
 /// `from` must be aligned to N elements.
 template <int N, class T>
 __device__ __forceinline__ Vector<T, N> load_vector(const T* from) {
+  FASTCONV_EXPECT_ALIGNED(from, sizeof(T) * N);
   return *reinterpret_cast<const Vector<T, N>*>(from);
 }
 template <int N, class T>
 __device__ __forceinline__ void store_vector(T* to, const Vector<T, N>& value) {
+  FASTCONV_EXPECT_ALIGNED(to, sizeof(T) * N);
   *reinterpret_cast<Vector<T, N>*>(to) = value;
 }
 
@@ -60,6 +62,7 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, N>& value) {
 template <int N, class T>
 __device__ __forceinline__ Vector<T, N> load_streaming(const T* from) {
   static_assert(sizeof(T) * N == 16, "written for 16 bytes");
+  FASTCONV_EXPECT_ALIGNED(from, 16);
   union {
     uint4 bits;
     Vector<T, N> value;
@@ -69,6 +72,7 @@ __device__ __forceinline__ Vector<T, N> load_streaming(const T* from) {
 template <int N, class T>
 __device__ __forceinline__ void store_streaming(T* to, const Vector<T, N>& value) {
   static_assert(sizeof(T) * N == 16, "written for 16 bytes");
+  FASTCONV_EXPECT_ALIGNED(to, 16);
   union Both {
     Vector<T, N> value;
     uint4 bits;

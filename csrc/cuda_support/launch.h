@@ -5,7 +5,8 @@
 //          stream, params);
 //
 // A launch that fails throws: the message names the kernel, the problem (any argument that is a ConvProblem, a
-// PoolProblem or has a describe() of its own) and what CUDA said.
+// PoolProblem or has a describe() of its own) and what CUDA said. A grid without blocks is nothing to do: the result is
+// empty.
 #pragma once
 
 #include <stdexcept>
@@ -59,10 +60,13 @@ inline std::string describe(const LaunchShape& shape) {
   return text;
 }
 
+inline bool is_empty(const LaunchShape& shape) { return shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0; }
+
 /// Throws unless `status` is success.
 template <class... Arguments>
 void check_launch(cudaError_t status, const char* kernel, const LaunchShape& shape, const Arguments&... arguments) {
   if (status == cudaSuccess) return;
+  (void)cudaGetLastError();  // CUDA keeps the error, and whoever launches next and asks would be told of it
   std::string text = std::string("CUDA kernel ") + kernel;
   ((text += describe_argument(arguments)), ...);
   text += " did not start: " + std::string(cudaGetErrorString(status)) + " (" + describe(shape) + ")";
@@ -74,6 +78,7 @@ void check_launch(cudaError_t status, const char* kernel, const LaunchShape& sha
 template <class... Parameters, class... Arguments>
 void launch(NamedKernel<Parameters...> kernel, const LaunchShape& shape, cudaStream_t, Arguments... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel takes another number of arguments");
+  if (is_empty(shape)) return;
   const emulator::Grid grid{kernel.name, shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative};
   check_launch(emulator::check(grid), kernel.name, shape, arguments...);
   emulator::run(grid, [&] { kernel.function(static_cast<Parameters>(arguments)...); });
@@ -84,6 +89,7 @@ void launch(NamedKernel<Parameters...> kernel, const LaunchShape& shape, cudaStr
 template <class... Parameters, class... Arguments>
 void launch(NamedKernel<Parameters...> kernel, const LaunchShape& shape, cudaStream_t stream, Arguments... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel takes another number of arguments");
+  if (is_empty(shape)) return;
   if (shape.shared_bytes > (48u << 10))  // more must be asked for, kernel by kernel and device by device
     check_launch(
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel.function),

@@ -37,11 +37,6 @@ void launch_depthwise_weight_grad(const ConvProblem& p, const void* grad_y, cons
 FASTCONV_LAUNCHER("conv2d", "depthwise", launch_depthwise_forward);
 FASTCONV_LAUNCHER("conv2d_input_grad", "depthwise", launch_depthwise_input_grad);
 FASTCONV_LAUNCHER("conv2d_weight_grad", "depthwise", launch_depthwise_weight_grad);
-
-#if defined(FASTCONV_EMULATOR)
-// Launchers return nothing, so tests ask through a pointer.
-static void write_workspace(const ConvProblem& p, int64_t* floats) { *floats = depthwise_weight_grad_workspace(p); }
-FASTCONV_LAUNCHER("conv2d_weight_grad_workspace", "depthwise", write_workspace);
-#endif
+FASTCONV_LAUNCHER("conv2d_weight_grad_workspace", "depthwise", depthwise_weight_grad_workspace);
 
 }  // namespace fastconv::cuda

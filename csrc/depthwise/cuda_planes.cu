@@ -32,6 +32,19 @@ __device__ __forceinline__ void store_pair(T* row, int column, int width, bool p
   if (column + 1 < width) row[column + 1] = right;
 }
 
+/// Brings the rows that a block reads of its planes to shared memory, and returns where they are.
+template <class T>
+__device__ __forceinline__ const T* stage_planes(unsigned char* shared, const T* x, const PlaneRange& range,
+                                                 const DepthwisePass& pass) {
+  const int in_plane = pass.h.in * pass.w.in;
+  const int count = (range.planes - 1) * in_plane + (range.read_end - range.read_begin) * pass.w.in;
+  const T* tile = stage(shared, x + range.first_plane * in_plane + range.read_begin * pass.w.in, count);
+  ptx::cp_async_commit_group();
+  ptx::cp_async_wait_group<0>();
+  __syncthreads();
+  return tile;
+}
+
 template <class T, int kWindow, int kStride>
 __global__ void __launch_bounds__(kPlaneThreads)
     planes_forward(DepthwisePass pass, PlaneBlocks blocks, bool pairs, const T* x, const T* weight, T* y,
@@ -40,11 +53,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
   FASTCONV_DYNAMIC_SHARED(shared);
   const PlaneRange range(blocks, pass);
   const int in_plane = pass.h.in * pass.w.in;
-  const int staged = (range.planes - 1) * in_plane + (range.read_end - range.read_begin) * pass.w.in;
-  const T* tile = stage(shared, x + range.first_plane * in_plane + range.read_begin * pass.w.in, staged);
-  ptx::cp_async_commit_group();
-  ptx::cp_async_wait_group<0>();
-  __syncthreads();
+  const T* tile = stage_planes(shared, x, range, pass);
   const int items = range.planes * static_cast<int>(blocks.chunks.divisor * blocks.columns.divisor);
   for (int index = threadIdx.x; index < items; index += kPlaneThreads) {
     const PlaneItem item(index, blocks, range);
@@ -71,11 +80,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
   FASTCONV_DYNAMIC_SHARED(shared);
   const PlaneRange range(blocks, pass);
   const int in_plane = pass.h.in * pass.w.in;
-  const int staged = (range.planes - 1) * in_plane + (range.read_end - range.read_begin) * pass.w.in;
-  const T* tile = stage(shared, grad_y + range.first_plane * in_plane + range.read_begin * pass.w.in, staged);
-  ptx::cp_async_commit_group();
-  ptx::cp_async_wait_group<0>();
-  __syncthreads();
+  const T* tile = stage_planes(shared, grad_y, range, pass);
   const int items = range.planes * static_cast<int>(blocks.chunks.divisor * blocks.columns.divisor);
   for (int index = threadIdx.x; index < items; index += kPlaneThreads) {
     const PlaneItem item(index, blocks, range);

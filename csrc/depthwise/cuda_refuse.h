@@ -23,6 +23,7 @@ inline const char* refuse_depthwise_cuda(const ConvProblem& p) {
   // Offsets inside an image are 32 bits wide, and a step beyond the last row must still fit.
   const int64_t h = max_of(p.h, p.p() * p.stride.h) + 16, w = max_of(p.w, p.q() * p.stride.w) + 16;
   if (h * w > kInt / p.c) return "it needs images of fewer than 2^31 elements";
+  if (p.layout == Layout::nhwc && p.c > 65535 * 64) return "it needs fewer than 2^22 channels";  // blocks along y
   if (p.n * h * w > 8 * kInt) return "it needs fewer than 2^31 strips of pixels";
   if (p.layout == Layout::nchw && (max_of(p.w, p.q()) * 2 * p.r + 64) * element_bytes(p.dtype) > kDepthwiseSharedBytes)
     return "it needs a strip of rows of a plane to fit into shared memory";

@@ -40,6 +40,7 @@ struct Packed {
 
   /// `from` is aligned to kBytes. If not `exists`, nothing is read and the elements are zeros.
   __device__ __forceinline__ void load(const T* from, bool exists) {
+    if (exists) FASTCONV_EXPECT_ALIGNED(from, kBytes);
     if constexpr (kBytes == 2) {
       word[0] = exists ? *reinterpret_cast<const uint16_t*>(from) : 0;
     } else if constexpr (kBytes == 4) {

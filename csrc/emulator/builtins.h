@@ -52,6 +52,11 @@ Array& static_shared(Key, Location at = Location::current()) {
   return *static_cast<Array*>(static_shared(&key, sizeof(Array), alignof(Array) > 16 ? alignof(Array) : 16, at));
 }
 
+inline void expect_aligned(const void* pointer, size_t bytes, Location at = Location::current()) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes)
+    fail(at, "a vector of %zu bytes at address %p, expected a multiple of its size", bytes, pointer);
+}
+
 enum class AtomicType { i32, u32, u64, f32, f64 };
 enum class AtomicOperation { add, minimum, maximum, exchange, compare_exchange, bit_and, bit_or };
 uint64_t atomic(AtomicType type, AtomicOperation operation, void* pointer, uint64_t operand, uint64_t expected,
@@ -117,6 +122,7 @@ inline unsigned vote(const char* name, unsigned mask, bool predicate, Location a
 inline constexpr int warpSize = 32;
 
 #define FASTCONV_SHARED(name, ...) auto& name = ::fastconv::emulator::static_shared<__VA_ARGS__>([] {})
+#define FASTCONV_EXPECT_ALIGNED(pointer, bytes) ::fastconv::emulator::expect_aligned(pointer, bytes)
 #define FASTCONV_DYNAMIC_SHARED(name) unsigned char* const name = ::fastconv::emulator::dynamic_shared()
 
 inline void __syncthreads(FASTCONV_HERE) { ::fastconv::emulator::sync_threads(at); }

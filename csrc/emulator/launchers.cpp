@@ -21,11 +21,13 @@ FASTCONV_EXPORT int fastconv_emulator_launcher_count() { return static_cast<int>
 FASTCONV_EXPORT const char* fastconv_emulator_launcher_op(int i) { return launchers()[i].op.c_str(); }
 FASTCONV_EXPORT const char* fastconv_emulator_launcher_algo(int i) { return launchers()[i].algo.c_str(); }
 FASTCONV_EXPORT const char* fastconv_emulator_launcher_signature(int i) { return launchers()[i].signature.c_str(); }
+FASTCONV_EXPORT int fastconv_emulator_launcher_returns_number(int i) { return launchers()[i].returns_number; }
 
-/// 0, or 1 with the error's text in `error`.
-FASTCONV_EXPORT int fastconv_emulator_call(int i, void* const* arguments, char* error, size_t error_bytes) {
+/// 0 with the launcher's number in `result`, or 1 with the error's text in `error`.
+FASTCONV_EXPORT int fastconv_emulator_call(int i, void* const* arguments, int64_t* result, char* error,
+                                           size_t error_bytes) {
   try {
-    launchers()[i].call(launchers()[i].function, arguments);
+    *result = launchers()[i].call(launchers()[i].function, arguments);
     return 0;
   } catch (const std::exception& failure) {
     std::strncpy(error, failure.what(), error_bytes - 1);

@@ -16,8 +16,9 @@ struct Launcher {
   /// One word per argument, streams left out: r<bytes> a struct by reference, p a pointer, i<bytes> and u<bytes>
   /// integers (enums and bool too), f<bytes> floating point.
   std::string signature;
-  /// arguments[i] points to the struct, to the pointer, or to the number.
-  void (*call)(void (*function)(), void* const* arguments);
+  bool returns_number;  // int64_t, else nothing
+  /// arguments[i] points to the struct, to the pointer, or to the number. 0 if the launcher returns nothing.
+  int64_t (*call)(void (*function)(), void* const* arguments);
   void (*function)();
 };
 
@@ -42,15 +43,20 @@ T take_argument(void* const*& arguments) {
   else return *static_cast<std::remove_reference_t<T>*>(*arguments++);
 }
 
-template <class... Arguments>
-bool add_launcher(const char* op, const char* algo, void (*function)(Arguments...)) {
-  const auto call = [](void (*erased)(), void* const* arguments) {
+template <class Result, class... Arguments>
+bool add_launcher(const char* op, const char* algo, Result (*function)(Arguments...)) {
+  constexpr bool kReturnsNumber = std::is_same_v<Result, int64_t>;
+  static_assert(kReturnsNumber || std::is_void_v<Result>, "launchers return nothing or an int64_t");
+  const auto call = [](void (*erased)(), void* const* arguments) -> int64_t {
     // Braces, because only they fix the order in which the arguments are taken.
     std::tuple<Arguments...> taken{take_argument<Arguments>(arguments)...};
-    std::apply(reinterpret_cast<void (*)(Arguments...)>(erased), taken);
+    const auto typed = reinterpret_cast<Result (*)(Arguments...)>(erased);
+    if constexpr (kReturnsNumber) return std::apply(typed, taken);
+    else std::apply(typed, taken);
+    return 0;
   };
-  launchers().push_back(
-      {op, algo, (std::string() + ... + argument_word<Arguments>()), call, reinterpret_cast<void (*)()>(function)});
+  launchers().push_back({op, algo, (std::string() + ... + argument_word<Arguments>()), kReturnsNumber, call,
+                         reinterpret_cast<void (*)()>(function)});
   return true;
 }
 

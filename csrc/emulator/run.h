@@ -23,6 +23,12 @@ struct Options {
 };
 Options& options();
 
+/// What a block may have, static and dynamic, on a device of Options::capability.
+inline unsigned shared_limit() {
+  const int capability = options().capability;
+  return (capability >= 90 ? 227u : capability == 80 || capability == 87 ? 163u : 99u) << 10;
+}
+
 struct Statistics {
   uint64_t launches = 0, switches = 0, tma_operations = 0, wgmma_warps = 0;
 };

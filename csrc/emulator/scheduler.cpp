@@ -188,11 +188,11 @@ cudaError_t check(const Grid& grid) {
   if (grid.blocks.x > 0x7fffffff || grid.blocks.y > 65535 || grid.blocks.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (grid.cluster == 0 || grid.cluster > 8 || grid.blocks.x % grid.cluster) return cudaErrorInvalidConfiguration;
-  if (grid.shared_bytes > kSharedLimit) return cudaErrorInvalidValue;
+  if (grid.shared_bytes > shared_limit()) return cudaErrorInvalidValue;
   if (!grid.cooperative) return cudaSuccess;
   // All blocks must be resident at once, as many on each multiprocessor as its threads and shared memory allow.
   const uint64_t by_threads = 2048 / ((threads + 31) / 32 * 32);
-  const uint64_t by_shared = (228u << 10) / (grid.shared_bytes + 1024);
+  const uint64_t by_shared = (shared_limit() + 1024) / (grid.shared_bytes + 1024);
   const uint64_t blocks = uint64_t{grid.blocks.x} * grid.blocks.y * grid.blocks.z;
   const uint64_t fit = static_cast<uint64_t>(options().sm_count) * std::min<uint64_t>({by_threads, by_shared, 32});
   return blocks > fit ? cudaErrorCooperativeLaunchTooLarge : cudaSuccess;

@@ -57,9 +57,9 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, Location at
   for (const StaticArray& known : block.statics) total += known.bytes;
   if (total > kStaticLimit)
     fail(at, "%u bytes of static shared memory, expected at most %u; use FASTCONV_DYNAMIC_SHARED", total, kStaticLimit);
-  if (offset + size > kMemoryBytes || total + worker->batch.grid->shared_bytes > kSharedLimit)
+  if (offset + size > kMemoryBytes || total + worker->batch.grid->shared_bytes > shared_limit())
     fail(at, "%u bytes of static and %zu of dynamic shared memory, expected at most %u together", total,
-         worker->batch.grid->shared_bytes, kSharedLimit);
+         worker->batch.grid->shared_bytes, shared_limit());
   block.shared_end = offset + size;
   block.statics.push_back({key, offset, size});
   FASTCONV_PERMIT(block.shared + offset, size);

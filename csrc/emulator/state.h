@@ -26,7 +26,7 @@ namespace fastconv::emulator {
 constexpr uint32_t kPoison = 0x7fff7fff;
 /// Shared-memory addresses start here, as on sm_90, where the first KB is the system's.
 constexpr uint32_t kSharedWindow = 1024;
-constexpr uint32_t kSharedLimit = 227 << 10;
+constexpr uint32_t kSharedLimit = 227 << 10;  // of any device
 constexpr uint32_t kStaticLimit = 48 << 10;
 constexpr unsigned kMbarriersPerBlock = 64;
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ float any_product(const Response<true>& r, const Elem
 }
 
 template <class T>
-__global__ __launch_bounds__(kPoolThreads) void response_any_kernel(Response<true> response, Units units,
+__global__ __launch_bounds__(kUnitThreads) void response_any_kernel(Response<true> response, Units units,
                                                                     const T* __restrict__ x, T* __restrict__ y) {
   Unit unit;
   if (!units.find(unit)) return;
@@ -46,7 +46,7 @@ __global__ __launch_bounds__(kPoolThreads) void response_any_kernel(Response<tru
 }
 
 template <class T>
-__global__ __launch_bounds__(kPoolThreads) void response_any_jvp_kernel(Response<true> response, Units units,
+__global__ __launch_bounds__(kUnitThreads) void response_any_jvp_kernel(Response<true> response, Units units,
                                                                         const T* __restrict__ x,
                                                                         const T* __restrict__ tangent,
                                                                         T* __restrict__ y_tangent) {
@@ -59,7 +59,7 @@ __global__ __launch_bounds__(kPoolThreads) void response_any_jvp_kernel(Response
 }
 
 template <class T>
-__global__ __launch_bounds__(kPoolThreads) void response_any_backward_kernel(Response<true> response, Units units,
+__global__ __launch_bounds__(kUnitThreads) void response_any_backward_kernel(Response<true> response, Units units,
                                                                              const T* __restrict__ grad,
                                                                              const T* __restrict__ x,
                                                                              T* __restrict__ grad_input) {

@@ -44,7 +44,7 @@ struct ChannelPlace {
 };
 
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void response_channels_kernel(Response<false> response, Units units,
+__global__ __launch_bounds__(kUnitThreads) void response_channels_kernel(Response<false> response, Units units,
                                                                          const T* __restrict__ x, T* __restrict__ y) {
   Unit unit;
   if (!units.find(unit)) return;
@@ -58,7 +58,7 @@ __global__ __launch_bounds__(kPoolThreads) void response_channels_kernel(Respons
 }
 
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void response_channels_jvp_kernel(Response<false> response, Units units,
+__global__ __launch_bounds__(kUnitThreads) void response_channels_jvp_kernel(Response<false> response, Units units,
                                                                              const T* __restrict__ x,
                                                                              const T* __restrict__ tangent,
                                                                              T* __restrict__ y_tangent) {
@@ -77,7 +77,7 @@ __global__ __launch_bounds__(kPoolThreads) void response_channels_jvp_kernel(Res
 
 /// The shares of the two channels on each side are computed again, which is cheaper than to exchange them.
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void response_channels_backward_kernel(Response<false> response, Units units,
+__global__ __launch_bounds__(kUnitThreads) void response_channels_backward_kernel(Response<false> response, Units units,
                                                                                   const T* __restrict__ grad,
                                                                                   const T* __restrict__ x,
                                                                                   T* __restrict__ grad_input) {

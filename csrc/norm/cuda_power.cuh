@@ -1,8 +1,8 @@
 // What every kernel of local response normalisation computes: a window's divisor, its powers, and the three results.
 #pragma once
 
+#include "cuda_support/units.cuh"
 #include "norm/norm.h"
-#include "pool/cuda_units.cuh"
 
 namespace fastconv::cuda {
 

@@ -29,6 +29,7 @@ NormChoice choose(const NormProblem& p, std::initializer_list<const void*> point
   using Path = NormChoice::Path;
   const int64_t bytes = element_bytes(p.dtype);
   if (p.size != kWindow) return {Path::any, false, "not a window of five channels"};
+  if (p.plane > INT32_MAX || p.c > INT32_MAX) return {Path::any, false, "2^31 pixels or channels"};
   if (p.beta != 0.75) return {Path::any, false, "an exponent other than 3/4"};
   if (p.layout == Layout::nchw) {
     if (p.plane % kWalkLanes == 0 && all_aligned(pointers, kWalkLanes * bytes))
@@ -54,7 +55,7 @@ template <class T, class Kernel, class... Pointers>
 void launch_channels(const NormProblem& p, Kernel kernel, cudaStream_t stream, Pointers... pointers) {
   for_each_slice(p.n, 1, p.plane, p.c / kVectorElements<T>, [&](int64_t first, const Units& units) {
     const int64_t before = first * p.c * p.plane;
-    launch(kernel, grid_of(units), kPoolThreads, 0, stream, Response<false>(p), units, (pointers + before)...);
+    launch(kernel, grid_of(units), kUnitThreads, 0, stream, Response<false>(p), units, (pointers + before)...);
   });
 }
 
@@ -63,7 +64,7 @@ void launch_walk(const NormProblem& p, Kernel kernel, cudaStream_t stream, Point
   const int64_t each = channels_each(p, N);
   for_each_slice(p.n, ceil_div(p.c, each), p.plane / N, 1, [&](int64_t first, const Units& units) {
     const int64_t before = first * p.c * p.plane;
-    launch(kernel, grid_of(units), kPoolThreads, 0, stream, Response<false>(p), units, static_cast<int>(each),
+    launch(kernel, grid_of(units), kUnitThreads, 0, stream, Response<false>(p), units, static_cast<int>(each),
            static_cast<int>(p.plane), (pointers + before)...);
   });
 }
@@ -74,7 +75,7 @@ void launch_any(const NormProblem& p, Kernel kernel, cudaStream_t stream, Pointe
   for_each_slice(
       p.n, channels_first ? p.c : 1, p.plane, channels_first ? 1 : p.c, [&](int64_t first, const Units& units) {
         const int64_t before = first * p.c * p.plane;
-        launch(kernel, grid_of(units), kPoolThreads, 0, stream, Response<true>(p), units, (pointers + before)...);
+        launch(kernel, grid_of(units), kUnitThreads, 0, stream, Response<true>(p), units, (pointers + before)...);
       });
 }
 

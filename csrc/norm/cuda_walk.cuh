@@ -63,7 +63,7 @@ __device__ __forceinline__ float lines_product(const float (*a)[N], const float 
 }
 
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void response_walk_kernel(Response<false> response, Units units, int each,
+__global__ __launch_bounds__(kUnitThreads) void response_walk_kernel(Response<false> response, Units units, int each,
                                                                      int plane, const T* __restrict__ x,
                                                                      T* __restrict__ y) {
   Unit unit;
@@ -87,7 +87,7 @@ __global__ __launch_bounds__(kPoolThreads) void response_walk_kernel(Response<fa
 }
 
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void response_walk_jvp_kernel(Response<false> response, Units units,
+__global__ __launch_bounds__(kUnitThreads) void response_walk_jvp_kernel(Response<false> response, Units units,
                                                                          int each, int plane, const T* __restrict__ x,
                                                                          const T* __restrict__ tangent,
                                                                          T* __restrict__ y_tangent) {
@@ -118,7 +118,7 @@ __global__ __launch_bounds__(kPoolThreads) void response_walk_jvp_kernel(Respons
 /// Results of channels c to c + 3 need the shares of c - 2 to c + 5, which need x of c - 4 to c + 7. The first turn of
 /// the loop only fills: its results would be those of the channels before the walk.
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void response_walk_backward_kernel(Response<false> response, Units units,
+__global__ __launch_bounds__(kUnitThreads) void response_walk_backward_kernel(Response<false> response, Units units,
                                                                               int each, int plane,
                                                                               const T* __restrict__ grad,
                                                                               const T* __restrict__ x,

@@ -38,7 +38,7 @@ void average(const PoolProblem& p, const AverageGrid& g, bool square, const T* x
                  [&](int64_t first, const Units& units) {
                    const auto kernel = square ? FASTCONV_KERNEL(average_square_kernel<N, T>)
                                               : FASTCONV_KERNEL(average_general_kernel<N, T>);
-                   launch(kernel, grid_of(units), kPoolThreads, 0, stream, g, units, x + first * g.input_outer,
+                   launch(kernel, grid_of(units), kUnitThreads, 0, stream, g, units, x + first * g.input_outer,
                           y + first * g.output_outer);
                  });
 }
@@ -50,7 +50,7 @@ void average_backward(const PoolProblem& p, const AverageGrid& g, bool square, c
   for_each_slice(outer_items(p), rows, columns, inner_channels(p) / N, [&](int64_t first, const Units& units) {
     const auto kernel = square ? FASTCONV_KERNEL(average_backward_square_kernel<N, T>)
                                : FASTCONV_KERNEL(average_backward_general_kernel<N, T>);
-    launch(kernel, grid_of(units), kPoolThreads, 0, stream, g, units, grad + first * g.output_outer,
+    launch(kernel, grid_of(units), kUnitThreads, 0, stream, g, units, grad + first * g.output_outer,
            grad_input + first * g.input_outer);
   });
 }

@@ -57,11 +57,11 @@ struct AverageLine {
               bool adaptive_, bool include_pad_)
       : step(step_),
         input(size_),
-        size(static_cast<int>(size_)),
-        positions(static_cast<int>(positions_)),
-        window(static_cast<int>(window_)),
-        stride(static_cast<int>(stride_)),
-        pad(static_cast<int>(pad_)),
+        size(pool_size(size_)),
+        positions(pool_size(positions_)),
+        window(pool_size(window_)),
+        stride(pool_size(stride_)),
+        pad(pool_size(pad_)),
         adaptive(adaptive_),
         include_pad(include_pad_) {}
 };
@@ -79,7 +79,7 @@ struct AverageGrid {
 };
 
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void average_general_kernel(AverageGrid g, Units units,
+__global__ __launch_bounds__(kUnitThreads) void average_general_kernel(AverageGrid g, Units units,
                                                                        const T* __restrict__ x, T* __restrict__ y) {
   Unit unit;
   if (!units.find(unit)) return;
@@ -106,7 +106,7 @@ __global__ __launch_bounds__(kPoolThreads) void average_general_kernel(AverageGr
 
 /// Gathers: every input element adds the shares of the windows that cover it.
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void average_backward_general_kernel(AverageGrid g, Units units,
+__global__ __launch_bounds__(kUnitThreads) void average_backward_general_kernel(AverageGrid g, Units units,
                                                                                 const T* __restrict__ grad,
                                                                                 T* __restrict__ grad_input) {
   Unit unit;
@@ -134,7 +134,7 @@ __global__ __launch_bounds__(kPoolThreads) void average_backward_general_kernel(
 /// 2 x 2 windows of stride 2 without padding, all inside: each element is read once. The divisor is a power of two, so
 /// that multiplying by its reciprocal, which `divisor` holds here, is exact.
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void average_square_kernel(AverageGrid g, Units units,
+__global__ __launch_bounds__(kUnitThreads) void average_square_kernel(AverageGrid g, Units units,
                                                                       const T* __restrict__ x, T* __restrict__ y) {
   Unit unit;
   if (!units.find(unit)) return;
@@ -157,7 +157,7 @@ __global__ __launch_bounds__(kPoolThreads) void average_square_kernel(AverageGri
 
 /// The same windows' adjoint: a thread owns 2 x 2 elements, those that no window covers included.
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void average_backward_square_kernel(AverageGrid g, Units units,
+__global__ __launch_bounds__(kUnitThreads) void average_backward_square_kernel(AverageGrid g, Units units,
                                                                                const T* __restrict__ grad,
                                                                                T* __restrict__ grad_input) {
   Unit unit;

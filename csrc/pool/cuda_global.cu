@@ -46,14 +46,14 @@ __device__ __forceinline__ void sum_in_levels(int64_t first, int64_t count, int6
 // ---------------------------------------------------------------- NCHW
 
 constexpr int kSmallPlanes = 64;                          // in a block: any size of plane then starts on 16 bytes
-constexpr int kPlaneLanes = kPoolThreads / kSmallPlanes;  // threads that add up one plane
-static_assert(kSmallPlanes * kPlaneLanes == kPoolThreads && kSmallPlanes * 2 % 16 == 0);
+constexpr int kPlaneLanes = kUnitThreads / kSmallPlanes;  // threads that add up one plane
+static_assert(kSmallPlanes * kPlaneLanes == kUnitThreads && kSmallPlanes * 2 % 16 == 0);
 constexpr int64_t kSmallBytes = 56 << 10;  // of a block's planes: 14 x 14 in float32, four blocks to a multiprocessor
 
 /// Planes of 7 x 7 or 14 x 14: a block copies 64 of them, one stretch of memory, to shared memory with 16-byte loads,
 /// whatever the size of a plane; then four threads add up each.
 template <class T>
-__global__ __launch_bounds__(kPoolThreads) void global_planes_kernel(const T* __restrict__ x, T* __restrict__ y,
+__global__ __launch_bounds__(kUnitThreads) void global_planes_kernel(const T* __restrict__ x, T* __restrict__ y,
                                                                      int64_t planes, int plane, bool vectors) {
   FASTCONV_DYNAMIC_SHARED(raw);
   T* staged = reinterpret_cast<T*>(raw);
@@ -63,10 +63,10 @@ __global__ __launch_bounds__(kPoolThreads) void global_planes_kernel(const T* __
   const T* from = x + first * plane;
   const int whole = vectors ? total / kLanes : 0;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < whole; i += kPoolThreads)
+  for (int i = threadIdx.x; i < whole; i += kUnitThreads)
     store_vector(staged + i * kLanes, load_streaming<kLanes>(from + int64_t{i} * kLanes));
 #pragma unroll 1
-  for (int i = whole * kLanes + threadIdx.x; i < total; i += kPoolThreads) staged[i] = from[i];
+  for (int i = whole * kLanes + threadIdx.x; i < total; i += kUnitThreads) staged[i] = from[i];
   __syncthreads();
   const int mine = threadIdx.x / kPlaneLanes, lane = threadIdx.x % kPlaneLanes;
   float sum = 0;
@@ -79,23 +79,23 @@ __global__ __launch_bounds__(kPoolThreads) void global_planes_kernel(const T* __
 
 /// A block for each larger plane.
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void global_plane_kernel(const T* __restrict__ x, T* __restrict__ y,
+__global__ __launch_bounds__(kUnitThreads) void global_plane_kernel(const T* __restrict__ x, T* __restrict__ y,
                                                                     int64_t plane) {
   const T* from = x + int64_t{blockIdx.x} * plane;
   float sums[N] = {};
-  sum_in_levels<N>(threadIdx.x, plane / N, kPoolThreads, sums,
+  sum_in_levels<N>(threadIdx.x, plane / N, kUnitThreads, sums,
                    [&](int64_t i) { return load_units<true, N>(from + i * N); });
   float sum = 0;
 #pragma unroll
   for (int n = 0; n < N; ++n) sum += sums[n];
-  sum = block_sum<kPoolThreads>(sum);
+  sum = block_sum<kUnitThreads>(sum);
   if (threadIdx.x == 0) y[blockIdx.x] = from_float<T>(sum / static_cast<float>(plane));
 }
 
 /// An outer item is kLanes planes, which is `plane` vectors of kLanes elements: 16-byte stores, whatever the size of a
 /// plane. `planes` and the pointers count from this launch's first plane.
 template <class T>
-__global__ __launch_bounds__(kPoolThreads) void global_backward_planes_kernel(Units units, FastDivide by_plane,
+__global__ __launch_bounds__(kUnitThreads) void global_backward_planes_kernel(Units units, FastDivide by_plane,
                                                                               int64_t planes, bool vectors,
                                                                               const T* __restrict__ grad,
                                                                               T* __restrict__ grad_input) {
@@ -134,16 +134,16 @@ __global__ __launch_bounds__(kPoolThreads) void global_backward_planes_kernel(Un
 
 // ---------------------------------------------------------------- NHWC
 
-/// A block: `lanes` vectors of channels of one image by kPoolThreads / lanes groups of pixels. Groups are added in
+/// A block: `lanes` vectors of channels of one image by kUnitThreads / lanes groups of pixels. Groups are added in
 /// order.
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void global_channels_kernel(const T* __restrict__ x, T* __restrict__ y,
+__global__ __launch_bounds__(kUnitThreads) void global_channels_kernel(const T* __restrict__ x, T* __restrict__ y,
                                                                        FastDivide chunks, int64_t plane, int vectors,
                                                                        int lanes) {
-  FASTCONV_SHARED(partial, float[N][kPoolThreads]);
+  FASTCONV_SHARED(partial, float[N][kUnitThreads]);
   uint32_t chunk = blockIdx.x;
   const int64_t image = chunks.divide_keep_rest(chunk);
-  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = kPoolThreads / lanes;
+  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = kUnitThreads / lanes;
   const int vector = chunk * lanes + lane;
   const int64_t channels = int64_t{vectors} * N;
   float sums[N] = {};
@@ -154,7 +154,7 @@ __global__ __launch_bounds__(kPoolThreads) void global_channels_kernel(const T* 
 #pragma unroll
   for (int n = 0; n < N; ++n) partial[n][threadIdx.x] = sums[n];
   __syncthreads();
-  for (int value = threadIdx.x; value < N * lanes; value += kPoolThreads) {
+  for (int value = threadIdx.x; value < N * lanes; value += kUnitThreads) {
     const int n = value / lanes, of = value % lanes;
     if (static_cast<int>(chunk) * lanes + of >= vectors) continue;
     float sum = 0;
@@ -166,7 +166,7 @@ __global__ __launch_bounds__(kPoolThreads) void global_channels_kernel(const T* 
 constexpr int kPixelsEach = 4;  // that one thread writes: a load and N divisions serve them all
 
 template <int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void global_backward_channels_kernel(Units units, int64_t plane,
+__global__ __launch_bounds__(kUnitThreads) void global_backward_channels_kernel(Units units, int64_t plane,
                                                                                 int64_t channels,
                                                                                 const T* __restrict__ grad,
                                                                                 T* __restrict__ grad_input) {
@@ -191,22 +191,23 @@ void global_nchw(const PoolProblem& p, const T* x, T* y, cudaStream_t stream) {
   constexpr int kLanes = kVectorElements<T>;
   const int64_t plane = p.h * p.w, planes = p.n * p.c, bytes = kSmallPlanes * plane * static_cast<int64_t>(sizeof(T));
   if (bytes <= kSmallBytes) {
-    launch(FASTCONV_KERNEL(global_planes_kernel<T>), blocks_for(planes, kSmallPlanes), kPoolThreads, bytes, stream, x,
+    launch(FASTCONV_KERNEL(global_planes_kernel<T>), blocks_for(planes, kSmallPlanes), kUnitThreads, bytes, stream, x,
            y, planes, static_cast<int>(plane), aligned(x, 16));
   } else if (aligned(x, 16) && plane % kLanes == 0) {
-    launch(FASTCONV_KERNEL(global_plane_kernel<kLanes, T>), blocks_for(planes, 1), kPoolThreads, 0, stream, x, y,
+    launch(FASTCONV_KERNEL(global_plane_kernel<kLanes, T>), blocks_for(planes, 1), kUnitThreads, 0, stream, x, y,
            plane);
   } else {
-    launch(FASTCONV_KERNEL(global_plane_kernel<1, T>), blocks_for(planes, 1), kPoolThreads, 0, stream, x, y, plane);
+    launch(FASTCONV_KERNEL(global_plane_kernel<1, T>), blocks_for(planes, 1), kUnitThreads, 0, stream, x, y, plane);
   }
 }
 
 template <int N, class T>
 void global_nhwc(const PoolProblem& p, const T* x, T* y, cudaStream_t stream) {
   const int64_t vectors = p.c / N;
+  if (vectors == 0) return;
   const int lanes = vectors > 16 ? 32 : vectors > 8 ? 16 : 8;
   const int64_t chunks = ceil_div(vectors, lanes);
-  launch(FASTCONV_KERNEL(global_channels_kernel<N, T>), blocks_for(p.n * chunks, 1), kPoolThreads, 0, stream, x, y,
+  launch(FASTCONV_KERNEL(global_channels_kernel<N, T>), blocks_for(p.n * chunks, 1), kUnitThreads, 0, stream, x, y,
          FastDivide(chunks), p.h * p.w, static_cast<int>(vectors), lanes);
 }
 
@@ -219,7 +220,7 @@ void global_backward_nchw(const PoolProblem& p, const T* grad, T* grad_input, cu
                              std::to_string(0x7fffffff / kLanes) + "; use channels_last");
   for_each_slice(ceil_div(planes, kLanes), 1, plane, 1, [&](int64_t first, const Units& units) {
     const int64_t before = first * kLanes;
-    launch(FASTCONV_KERNEL(global_backward_planes_kernel<T>), grid_of(units), kPoolThreads, 0, stream, units,
+    launch(FASTCONV_KERNEL(global_backward_planes_kernel<T>), grid_of(units), kUnitThreads, 0, stream, units,
            FastDivide(plane), planes - before, aligned(grad_input, 16), grad + before, grad_input + before * plane);
   });
 }
@@ -228,7 +229,7 @@ template <int N, class T>
 void global_backward_nhwc(const PoolProblem& p, const T* grad, T* grad_input, cudaStream_t stream) {
   const int64_t plane = p.h * p.w;
   for_each_slice(p.n, 1, ceil_div(plane, kPixelsEach), p.c / N, [&](int64_t first, const Units& units) {
-    launch(FASTCONV_KERNEL(global_backward_channels_kernel<N, T>), grid_of(units), kPoolThreads, 0, stream, units,
+    launch(FASTCONV_KERNEL(global_backward_channels_kernel<N, T>), grid_of(units), kUnitThreads, 0, stream, units,
            plane, p.c, grad + first * p.c, grad_input + first * plane * p.c);
   });
 }

@@ -13,7 +13,7 @@ template <class Reduction, int N, class T>
 void max_general(const PoolProblem& p, const T* x, T* y, typename Reduction::Offset* offsets, cudaStream_t stream) {
   const PoolShape g(p);
   for_each_slice(outer_items(p), p.p(), p.q(), inner_channels(p) / N, [&](int64_t first, const Units& units) {
-    launch(FASTCONV_KERNEL(max_general_kernel<Reduction, N, T>), grid_of(units), kPoolThreads, 0, stream, g, units,
+    launch(FASTCONV_KERNEL(max_general_kernel<Reduction, N, T>), grid_of(units), kUnitThreads, 0, stream, g, units,
            x + first * g.input_outer, y + first * g.output_outer, advance(offsets, first * g.output_outer));
   });
 }
@@ -23,7 +23,7 @@ void max_square(const PoolProblem& p, const T* x, T* y, uint8_t* offsets, cudaSt
   const PoolShape g(p);
   const int64_t rows = ceil_div(p.p(), output_rows(kWindow));
   for_each_slice(outer_items(p), rows, p.q(), inner_channels(p) / N, [&](int64_t first, const Units& units) {
-    launch(FASTCONV_KERNEL(max_square_kernel<Reduction, N, kWindow, kInside, T>), grid_of(units), kPoolThreads, 0,
+    launch(FASTCONV_KERNEL(max_square_kernel<Reduction, N, kWindow, kInside, T>), grid_of(units), kUnitThreads, 0,
            stream, g, units, x + first * g.input_outer, y + first * g.output_outer,
            advance(offsets, first * g.output_outer));
   });
@@ -34,7 +34,7 @@ void max_rows(const PoolProblem& p, const T* x, T* y, uint8_t* offsets, cudaStre
   const PoolShape g(p);
   const int64_t rows = ceil_div(p.p(), output_rows(kWindow));
   for_each_slice(outer_items(p), rows, p.w / kVectorElements<T>, 1, [&](int64_t first, const Units& units) {
-    launch(FASTCONV_KERNEL(max_rows_kernel<Reduction, kWindow, T>), grid_of(units), kPoolThreads, 0, stream, g, units,
+    launch(FASTCONV_KERNEL(max_rows_kernel<Reduction, kWindow, T>), grid_of(units), kUnitThreads, 0, stream, g, units,
            x + first * g.input_outer, y + first * g.output_outer, advance(offsets, first * g.output_outer));
   });
 }

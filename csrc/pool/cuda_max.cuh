@@ -16,7 +16,7 @@ __device__ __forceinline__ void store_result(const Reduction& result, int64_t in
 
 /// Any window: the loops run over the taps inside the input.
 template <class Reduction, int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void max_general_kernel(PoolShape g, Units units, const T* __restrict__ x,
+__global__ __launch_bounds__(kUnitThreads) void max_general_kernel(PoolShape g, Units units, const T* __restrict__ x,
                                                                    T* __restrict__ y,
                                                                    typename Reduction::Offset* __restrict__ offsets) {
   Unit unit;
@@ -42,7 +42,7 @@ constexpr int output_rows(int window) { return window == 3 ? 2 : 1; }
 /// kInside: no window hangs over an edge. Else taps outside are moved to the nearest tap inside, number included: no
 /// loop has a condition, all loads are in flight together, and taking a tap twice changes nothing.
 template <class Reduction, int N, int kWindow, bool kInside, class T>
-__global__ __launch_bounds__(kPoolThreads) void max_square_kernel(PoolShape g, Units units, const T* __restrict__ x,
+__global__ __launch_bounds__(kUnitThreads) void max_square_kernel(PoolShape g, Units units, const T* __restrict__ x,
                                                                   T* __restrict__ y,
                                                                   typename Reduction::Offset* __restrict__ offsets) {
   constexpr int kRows = output_rows(kWindow);
@@ -84,7 +84,7 @@ __global__ __launch_bounds__(kPoolThreads) void max_square_kernel(PoolShape g, U
 /// NCHW, 2 x 2 without padding or 3 x 3 with padding 1, stride 2: a thread turns 16 bytes of each row into 8 bytes of
 /// outputs. The third column of the leftmost window is one element more, which the neighbouring thread's load brought.
 template <class Reduction, int kWindow, class T>
-__global__ __launch_bounds__(kPoolThreads) void max_rows_kernel(PoolShape g, Units units, const T* __restrict__ x,
+__global__ __launch_bounds__(kUnitThreads) void max_rows_kernel(PoolShape g, Units units, const T* __restrict__ x,
                                                                 T* __restrict__ y,
                                                                 typename Reduction::Offset* __restrict__ offsets) {
   constexpr int kLanes = kVectorElements<T>, kOut = kLanes / 2, kRows = output_rows(kWindow), kPad = kWindow - 2;

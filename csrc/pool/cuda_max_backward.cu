@@ -13,7 +13,7 @@ void backward_general(const PoolProblem& p, const T* grad, const Offset* offsets
   const Covering rows(p.r, p.p(), p.padding.h, p.stride.h, p.dilation.h);
   const Covering columns(p.s, p.q(), p.padding.w, p.stride.w, p.dilation.w);
   for_each_slice(outer_items(p), p.h, p.w, inner_channels(p) / N, [&](int64_t first, const Units& units) {
-    launch(FASTCONV_KERNEL(max_backward_general_kernel<Offset, N, T>), grid_of(units), kPoolThreads, 0, stream, g,
+    launch(FASTCONV_KERNEL(max_backward_general_kernel<Offset, N, T>), grid_of(units), kUnitThreads, 0, stream, g,
            units, rows, columns, grad + first * g.output_outer, offsets + first * g.output_outer,
            grad_input + first * g.input_outer);
   });
@@ -26,7 +26,7 @@ void backward_square(const PoolProblem& p, const T* grad, const uint8_t* offsets
   for_each_slice(outer_items(p), ceil_div(p.h, 2 * square_rows(N)), ceil_div(p.w, 2), inner_channels(p) / N,
                  [&](int64_t first, const Units& units) {
                    launch(FASTCONV_KERNEL(max_backward_square_kernel<N, kWindow, kPad, T>), grid_of(units),
-                          kPoolThreads, 0, stream, g, units, paired, grad + first * g.output_outer,
+                          kUnitThreads, 0, stream, g, units, paired, grad + first * g.output_outer,
                           offsets + first * g.output_outer, grad_input + first * g.input_outer);
                  });
 }
@@ -35,7 +35,7 @@ template <int kWindow, class T>
 void backward_rows(const PoolProblem& p, const T* grad, const uint8_t* offsets, T* grad_input, cudaStream_t stream) {
   const PoolShape g(p);
   for_each_slice(outer_items(p), ceil_div(p.h, 2), p.w / kVectorElements<T>, 1, [&](int64_t first, const Units& units) {
-    launch(FASTCONV_KERNEL(max_backward_rows_kernel<kWindow, T>), grid_of(units), kPoolThreads, 0, stream, g, units,
+    launch(FASTCONV_KERNEL(max_backward_rows_kernel<kWindow, T>), grid_of(units), kUnitThreads, 0, stream, g, units,
            grad + first * g.output_outer, offsets + first * g.output_outer, grad_input + first * g.input_outer);
   });
 }

@@ -40,7 +40,7 @@ struct Covering {
 
 /// Any window.
 template <class Offset, int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void max_backward_general_kernel(PoolShape g, Units units, Covering rows,
+__global__ __launch_bounds__(kUnitThreads) void max_backward_general_kernel(PoolShape g, Units units, Covering rows,
                                                                             Covering columns,
                                                                             const T* __restrict__ grad,
                                                                             const Offset* __restrict__ offsets,
@@ -81,7 +81,7 @@ struct Reach {
 constexpr int square_rows(int lanes) { return lanes == 1 ? 2 : 1; }
 
 template <int N, int kWindow, int kPad, class T>
-__global__ __launch_bounds__(kPoolThreads) void max_backward_square_kernel(PoolShape g, Units units, bool paired,
+__global__ __launch_bounds__(kUnitThreads) void max_backward_square_kernel(PoolShape g, Units units, bool paired,
                                                                            const T* __restrict__ grad,
                                                                            const uint8_t* __restrict__ offsets,
                                                                            T* __restrict__ grad_input) {
@@ -158,7 +158,7 @@ __global__ __launch_bounds__(kPoolThreads) void max_backward_square_kernel(PoolS
 /// with their offsets, into 16 bytes of each of two rows. 3 x 3 windows also reach the next row of windows and one
 /// window to the right, which the neighbouring thread's load brings.
 template <int kWindow, class T>
-__global__ __launch_bounds__(kPoolThreads) void max_backward_rows_kernel(PoolShape g, Units units,
+__global__ __launch_bounds__(kUnitThreads) void max_backward_rows_kernel(PoolShape g, Units units,
                                                                          const T* __restrict__ grad,
                                                                          const uint8_t* __restrict__ offsets,
                                                                          T* __restrict__ grad_input) {

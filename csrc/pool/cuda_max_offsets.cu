@@ -24,7 +24,7 @@ struct Winner {
 /// N channels a thread in NHWC, one output in NCHW. The indices are eight times what else there is to move: 16 bytes
 /// are two of them.
 template <class Offset, int N>
-__global__ __launch_bounds__(kPoolThreads) void max_indices_kernel(PoolShape g, Units units, FastDivide window_columns,
+__global__ __launch_bounds__(kUnitThreads) void max_indices_kernel(PoolShape g, Units units, FastDivide window_columns,
                                                                    const Offset* __restrict__ offsets,
                                                                    int64_t* __restrict__ indices) {
   Unit unit;
@@ -46,7 +46,7 @@ __global__ __launch_bounds__(kPoolThreads) void max_indices_kernel(PoolShape g, 
 }
 
 template <class Offset, int N, class T>
-__global__ __launch_bounds__(kPoolThreads) void max_gather_kernel(PoolShape g, Units units, FastDivide window_columns,
+__global__ __launch_bounds__(kUnitThreads) void max_gather_kernel(PoolShape g, Units units, FastDivide window_columns,
                                                                   const T* __restrict__ x,
                                                                   const Offset* __restrict__ offsets,
                                                                   T* __restrict__ y) {
@@ -69,7 +69,7 @@ template <int N, class Offset>
 void indices(const PoolProblem& p, const Offset* offsets, int64_t* to, cudaStream_t stream) {
   const PoolShape g(p);
   for_each_slice(outer_items(p), p.p(), p.q(), inner_channels(p) / N, [&](int64_t first, const Units& units) {
-    launch(FASTCONV_KERNEL(max_indices_kernel<Offset, N>), grid_of(units), kPoolThreads, 0, stream, g, units,
+    launch(FASTCONV_KERNEL(max_indices_kernel<Offset, N>), grid_of(units), kUnitThreads, 0, stream, g, units,
            FastDivide(p.s), offsets + first * g.output_outer, to + first * g.output_outer);
   });
 }
@@ -78,7 +78,7 @@ template <int N, class T, class Offset>
 void gather(const PoolProblem& p, const T* x, const Offset* offsets, T* y, cudaStream_t stream) {
   const PoolShape g(p);
   for_each_slice(outer_items(p), p.p(), p.q(), inner_channels(p) / N, [&](int64_t first, const Units& units) {
-    launch(FASTCONV_KERNEL(max_gather_kernel<Offset, N, T>), grid_of(units), kPoolThreads, 0, stream, g, units,
+    launch(FASTCONV_KERNEL(max_gather_kernel<Offset, N, T>), grid_of(units), kUnitThreads, 0, stream, g, units,
            FastDivide(p.s), x + first * g.input_outer, offsets + first * g.output_outer, y + first * g.output_outer);
   });
 }

@@ -1,10 +1,19 @@
 // A pooling problem as kernels see it: 32-bit sizes, 64-bit distances, the same for both layouts.
 #pragma once
 
-#include "pool/cuda_units.cuh"
+#include "cuda_support/units.cuh"
 #include "pool/pool.h"
 
 namespace fastconv::cuda {
+
+/// A size of a pooling problem in 32 bits.
+inline int pool_size(int64_t value) {
+  // Half of the range, so that a position plus a window does not overflow.
+  if (value > 0x3fffffff)
+    throw std::runtime_error("pooling: a size of " + std::to_string(value) +
+                             ", expected at most 1073741823; split the tensor");
+  return static_cast<int>(value);
+}
 
 /// An outer item is an image in NHWC and a plane in NCHW; `inner` numbers its channels, or is 1. Distances in elements.
 struct PoolShape {
@@ -15,19 +24,19 @@ struct PoolShape {
   int64_t input_outer, output_outer;  // from an outer item to the next
 
   explicit PoolShape(const PoolProblem& problem)
-      : h(narrow(problem.h)),
-        w(narrow(problem.w)),
-        p(narrow(problem.p())),
-        q(narrow(problem.q())),
-        r(narrow(problem.r)),
-        s(narrow(problem.s)),
-        stride_h(narrow(problem.stride.h)),
-        stride_w(narrow(problem.stride.w)),
-        pad_h(narrow(problem.padding.h)),
-        pad_w(narrow(problem.padding.w)),
-        dilation_h(narrow(problem.dilation.h)),
-        dilation_w(narrow(problem.dilation.w)),
-        pixel(problem.layout == Layout::nhwc ? narrow(problem.c) : 1),
+      : h(pool_size(problem.h)),
+        w(pool_size(problem.w)),
+        p(pool_size(problem.p())),
+        q(pool_size(problem.q())),
+        r(pool_size(problem.r)),
+        s(pool_size(problem.s)),
+        stride_h(pool_size(problem.stride.h)),
+        stride_w(pool_size(problem.stride.w)),
+        pad_h(pool_size(problem.padding.h)),
+        pad_w(pool_size(problem.padding.w)),
+        dilation_h(pool_size(problem.dilation.h)),
+        dilation_w(pool_size(problem.dilation.w)),
+        pixel(problem.layout == Layout::nhwc ? pool_size(problem.c) : 1),
         input_row(problem.w * pixel),
         output_row(problem.q() * pixel),
         input_outer(input_row * problem.h),
@@ -45,15 +54,6 @@ struct PoolShape {
     const auto size = [](int rows, int columns) { return std::to_string(rows) + "x" + std::to_string(columns); };
     return "pooling of planes of " + size(h, w) + " to " + size(p, q) + ", window " + size(r, s) + " stride " +
            size(stride_h, stride_w) + " padding " + size(pad_h, pad_w) + " dilation " + size(dilation_h, dilation_w);
-  }
-
- private:
-  static int narrow(int64_t value) {
-    // Half of the range, so that a position plus a window does not overflow.
-    if (value > 0x3fffffff)
-      throw std::runtime_error("pooling: a size of " + std::to_string(value) +
-                               ", expected at most 1073741823; split the tensor");
-    return static_cast<int>(value);
   }
 };
 

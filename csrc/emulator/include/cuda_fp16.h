@@ -3,6 +3,7 @@
 
 #include <bit>
 
+#include "emulator/half_arithmetic.h"
 #include "emulator/language.h"
 
 struct __half {
@@ -68,41 +69,6 @@ inline __half __low2half(__half2 value) { return value.x; }
 inline __half __high2half(__half2 value) { return value.y; }
 inline float __low2float(__half2 value) { return __half2float(value.x); }
 inline float __high2float(__half2 value) { return __half2float(value.y); }
-inline bool __hisnan(__half value) { return (value.bits & 0x7fff) > 0x7c00; }
-
-// Each operation rounds once, as the GPU's does: float has more than twice half's precision.
-inline __half __hadd(__half a, __half b) { return __float2half_rn(float(a) + float(b)); }
-inline __half __hsub(__half a, __half b) { return __float2half_rn(float(a) - float(b)); }
-inline __half __hmul(__half a, __half b) { return __float2half_rn(float(a) * float(b)); }
-inline __half __hfma(__half a, __half b, __half c) {
-  return __float2half_rn(static_cast<float>(double(float(a)) * float(b) + float(c)));
-}
-inline __half __hneg(__half a) { return __ushort_as_half(a.bits ^ 0x8000); }
-inline bool __hgt(__half a, __half b) { return float(a) > float(b); }
-inline bool __hlt(__half a, __half b) { return float(a) < float(b); }
-inline bool __heq(__half a, __half b) { return float(a) == float(b); }
-/// The number where one operand is NaN; the _nan form gives NaN.
-inline __half __hmax(__half a, __half b) { return __hisnan(a) || float(b) > float(a) ? b : a; }
-inline __half __hmin(__half a, __half b) { return __hisnan(a) || float(b) < float(a) ? b : a; }
-inline __half __hmax_nan(__half a, __half b) {
-  return __hisnan(a) || __hisnan(b) ? __ushort_as_half(0x7fff) : __hmax(a, b);
-}
-inline __half __hmin_nan(__half a, __half b) {
-  return __hisnan(a) || __hisnan(b) ? __ushort_as_half(0x7fff) : __hmin(a, b);
-}
-inline __half2 __hadd2(__half2 a, __half2 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
-inline __half2 __hsub2(__half2 a, __half2 b) { return {__hsub(a.x, b.x), __hsub(a.y, b.y)}; }
-inline __half2 __hmul2(__half2 a, __half2 b) { return {__hmul(a.x, b.x), __hmul(a.y, b.y)}; }
-inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }
-inline __half2 __hmax2(__half2 a, __half2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }
-inline __half2 __hmin2(__half2 a, __half2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }
-inline __half2 __hmax2_nan(__half2 a, __half2 b) { return {__hmax_nan(a.x, b.x), __hmax_nan(a.y, b.y)}; }
-inline __half2 __hmin2_nan(__half2 a, __half2 b) { return {__hmin_nan(a.x, b.x), __hmin_nan(a.y, b.y)}; }
-
-inline __half operator+(__half a, __half b) { return __hadd(a, b); }
-inline __half operator-(__half a, __half b) { return __hsub(a, b); }
-inline __half operator*(__half a, __half b) { return __hmul(a, b); }
-inline __half operator-(__half a) { return __hneg(a); }
 
 using half = __half;
 using half2 = __half2;

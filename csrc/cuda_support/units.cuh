@@ -12,7 +12,7 @@
 
 namespace fastconv::cuda {
 
-inline constexpr int kPoolThreads = 256;
+inline constexpr int kUnitThreads = 256;
 
 // A launch numbers its units with 32 bits, because a 64-bit division costs 70 instructions; larger problems are
 // launched in slices. The tests make slices small to run that path.
@@ -39,7 +39,7 @@ struct Units {
 
   /// False for the threads of the last block that have no unit.
   __device__ __forceinline__ bool find(Unit& unit) const {
-    uint32_t index = blockIdx.x * kPoolThreads + threadIdx.x;
+    uint32_t index = blockIdx.x * kUnitThreads + threadIdx.x;
     if (index >= count) return false;
     const uint32_t pixel = inner.divide_keep_rest(index);
     unit.inner = index;
@@ -58,6 +58,7 @@ template <class Body>
 void for_each_slice(int64_t outer, int64_t rows, int64_t columns, int64_t inner, const Body& body) {
   constexpr int64_t kLimit = FASTCONV_UNITS_PER_LAUNCH, kLargest = 0x7fff0000;
   const int64_t each = rows * columns * inner;
+  if (each == 0) return;
   if (each > kLargest)
     throw std::runtime_error("one image has " + std::to_string(each) + " units of work, expected at most " +
                              std::to_string(kLargest) + "; split the image");
@@ -66,7 +67,7 @@ void for_each_slice(int64_t outer, int64_t rows, int64_t columns, int64_t inner,
     body(first, Units(std::min(step, outer - first), rows, columns, inner));
 }
 
-inline dim3 grid_of(const Units& units) { return {blocks_for(units.count, kPoolThreads)}; }
+inline dim3 grid_of(const Units& units) { return {blocks_for(units.count, kUnitThreads)}; }
 
 /// A vector as one access; streaming, for what is read once, where it has 16 bytes. Results are stored normally: the
 /// next layer reads them.

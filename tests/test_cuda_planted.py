@@ -1,0 +1,137 @@
+"""Mistakes planted in the CUDA kernels: the checks of the other tests must catch each.
+
+A bug replaces a piece of a kernel's text, which must be there once. All bugs of a family are compiled into one library,
+where a number says which of them is in force; with none, the library must pass.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import cuda_fuzz
+import pytest
+from emulator_library import ROOT, build_file
+
+
+@dataclass(frozen=True)
+class Bug:
+    file: str
+    right: str
+    wrong: str
+
+    @property
+    def is_statement(self) -> bool:
+        return self.right.endswith(";")
+
+    def planted(self, text: str, number: int) -> str:
+        assert text.count(self.right) == 1, f"{self.file} has {text.count(self.right)} times {self.right!r}"
+        in_force = f"fastconv_planted_bug == {number}"
+        if self.is_statement:
+            return text.replace(self.right, f"if ({in_force}) {{ {self.wrong} }} else {{ {self.right} }}")
+        return text.replace(self.right, f"({in_force} ? ({self.wrong}) : ({self.right}))")
+
+
+# In every file that has a bug.
+SWITCH = """#if !defined(FASTCONV_PLANTED_BUG)
+#define FASTCONV_PLANTED_BUG
+extern "C" {
+inline __attribute__((visibility("default"))) int fastconv_planted_bug = 0;
+}
+#endif
+"""
+
+
+def build_with_bugs(family: str, bugs: list[Bug]) -> Path:
+    """The family's library, with the bugs numbered from 1."""
+    overlay = ROOT / "build" / "emulator" / f"planted-{family}"
+    texts: dict[str, str] = {}
+    for number, bug in enumerate(bugs, 1):
+        before = texts.get(bug.file) or (ROOT / "csrc" / bug.file).read_text()
+        texts[bug.file] = bug.planted(before, number)
+    for name, text in texts.items():
+        target, text = overlay / "csrc" / name, SWITCH + text
+        if not target.exists() or target.read_text() != text:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+    return build_file(cuda_fuzz.FAMILIES[family][0], "planted", overlay=overlay)
+
+
+POOL = [
+    Bug("pool/cuda_reduce.cuh", "wide > value[i] || wide != wide", "wide >= value[i] || wide != wide"),
+    Bug("pool/cuda_reduce.cuh", "x > value || x != x ? x : value", "x > value ? x : value"),
+    Bug("pool/cuda_max.cuh", "left == 0 && best[o].offset[0] % kWindow == 0", "false"),
+    Bug("pool/cuda_max.cuh", "min(max(left + s, 0), g.w - 1)", "max(left + s, 0)"),
+    Bug("pool/cuda_max_backward.cuh", "kPad == 1 && left + kIn < g.q", "false"),
+    Bug("pool/cuda_max_backward.cuh", "exists ? offset[ki][kj][n] : -1", "offset[ki][kj][n]"),
+    Bug("pool/cuda_average.cuh", "min(start + window, size + pad)", "min(start + window, size)"),
+    Bug("pool/cuda_average.cuh", "step.divide((i + 1) * size + positions - 1)", "step.divide((i + 1) * size)"),
+    Bug("pool/cuda_average.cuh", "divisor != 0", "divisor > 0"),
+    Bug("pool/cuda_global.cu", "staged[i] = from[i];", ""),
+    # Reads one number beside the tensor and drops it: the fences of cuda_memory.py.
+    Bug("pool/cuda_global.cu", "min(first + which, planes - 1)", "first + which"),
+    Bug("pool/cuda_select.h", "p.w % lanes == 0", "true"),
+    Bug("pool/cuda_select.h", "aligned(wide, 16) && aligned(narrow, 16)", "true"),
+]
+NORM = [
+    Bug("norm/cuda_channels.cuh", "i < 0 ? !place.has_before : i >= N && !place.has_after", "false"),
+    Bug("norm/cuda_channels.cuh", "has_before ? load_vector<kMargin>(own - kMargin) : none", "none"),
+    Bug("norm/cuda_walk.cuh", "if (!exists) share[kStep + i][n] = 0;", ""),
+    Bug("norm/cuda_walk.cuh", "shift(direct);", ""),
+    Bug("norm/cuda_any.cuh", "max(-response.after, -place.channel)", "max(-response.before, -place.channel)"),
+    Bug("norm/cuda_power.cuh", "root == 0 || root == INFINITY ? root : fourth", "fourth"),
+    Bug("norm/cuda_response.cu", "p.c % (16 / bytes) == 0 && all_aligned(pointers, 16)", "p.c % (16 / bytes) == 0"),
+]
+DEPTHWISE = [
+    Bug("depthwise/cuda_slide.cuh", "tap == 0", "false"),
+    Bug("depthwise/cuda_planes.cuh", "min(count, (kPiece - skew) % kPiece)", "0"),
+    Bug("depthwise/cuda_planes.cuh", "copy[at] = from[at];", ""),
+    Bug("depthwise/cuda_planes.cu", "column + 1 < width", "true"),
+    Bug("depthwise/cuda_pass.h", "narrow(live - 1 - shift - first)", "narrow(live - 1 - first)"),
+    Bug(
+        "depthwise/cuda_channels.cuh",
+        "static_cast<unsigned>(first_column + i) < static_cast<unsigned>(width)",
+        "static_cast<unsigned>(first_column + i) <= static_cast<unsigned>(width)",
+    ),
+    Bug("depthwise/cuda_channels.cu", "column + q >= pass.w.out", "false"),
+    Bug("depthwise/cuda_weight_grad_planes.cu", "ptx::cp_async_wait_group<1>();", "ptx::cp_async_wait_group<2>();"),
+    Bug("depthwise/cuda_weight_grad_planes.cu", "blocks.channels == 1 ? kPlaneThreads : per_channel", "kPlaneThreads"),
+    Bug("depthwise/cuda_weight_grad_channels.cu", "first_channel + own < static_cast<unsigned>(channels)", "true"),
+    Bug("depthwise/cuda_launch.cu", "slots(forward_pass(p)) * p.c * p.r * p.s", "p.c * p.r * p.s"),
+]
+STEM = [
+    Bug("conv2d/cuda_stem_input_grad.cu", "tile.h.reach - phase.taps_h", "0"),
+    Bug("conv2d/cuda_stem_input_grad.cu", "tile.w.reach - phase.taps_w", "0"),
+    Bug("conv2d/cuda_stem_input_grad.cu", "is_aligned(grad_y, p.k, sizeof(T), 16)", "true"),
+    Bug("conv2d/cuda_stem_input_grad.cu", "min(tile.filters, filters - k)", "tile.filters"),
+    Bug(
+        "conv2d/cuda_stem_input_grad.cu",
+        "window / stride * place + min(window % stride, place)",
+        "window / stride * place",
+    ),
+    Bug("conv2d/cuda_stem_weight_grad.cu", "turn == 0", "false"),
+    Bug("conv2d/cuda_stem_mma.cu", "inside ? from[base[2 * m]] : uint2{0, 0}", "from[base[2 * m]]"),
+]
+
+FAMILIES = {"pool": (POOL, 40), "norm": (NORM, 80), "depthwise": (DEPTHWISE, 40), "stem": (STEM, 20)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_planted_bug_is_caught(family: str) -> None:
+    bugs, problems = FAMILIES[family]
+    library = build_with_bugs(family, bugs)
+    command = [sys.executable, cuda_fuzz.__file__, family, "--count", str(problems)]
+    run = subprocess.run(
+        [*command, "--planted", str(library), "--bugs", str(len(bugs))],
+        env=os.environ | {"FASTCONV_FENCES": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    missed = [int(number) for number in run.stdout.split()]
+    assert 0 not in missed, "the kernels fail without a bug"
+    assert not missed, f"not noticed: {[bugs[number - 1] for number in missed]}"
