@@ -95,6 +95,9 @@ def test_convolutions(name, dtype, layouts, poisoned):
     ran = [kernel for kernel in stats() if kernel.startswith(f"{WHERE}/conv2d/")]
     if name in KERNELS:
         assert any(word in ran[0] for word in KERNELS[name].split("|")), ran
+    if name.startswith("stem"):
+        assert f"{WHERE}/conv2d_input_grad/stem" in stats()
+        assert f"{WHERE}/conv2d_weight_grad/stem" in stats()
     assert not [kernel for kernel in stats() if not kernel.startswith(f"{WHERE}/")]
     random = Conv(**{**problem.__dict__, "integers": False})
     exact, allowed = results_by_torch(random, torch.float64), allowances(random)
@@ -111,6 +114,15 @@ def test_algorithms_by_name(algo):
     assert stats() == {f"{WHERE}/conv2d/{algo}": 1}
     exact = F.conv2d(x.double().cpu(), weight.double().cpu(), padding=1, groups=groups)
     torch.testing.assert_close(y.double().cpu(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_a_named_algorithm_has_gradients():
+    """stem_mma has a forward pass of its own only; the gradients of a call that names it are stem's."""
+    x = torch.randn(2, 3, 9, 8).half().to(DEVICE).requires_grad_()
+    weight = torch.randn(8, 3, 3, 3).half().to(DEVICE).requires_grad_()
+    functional.conv2d(x, weight, algo="stem_mma").sum().backward()
+    ran = {f"{WHERE}/conv2d/stem_mma", f"{WHERE}/conv2d_input_grad/stem", f"{WHERE}/conv2d_weight_grad/stem"}
+    assert set(stats()) == ran
 
 
 def test_refusals_name_the_reason():

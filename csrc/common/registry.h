@@ -43,6 +43,7 @@ namespace fastconv {
   X(conv2d_bias_grad, "conv2d_bias_grad", "rows")                            \
   X(stem, "conv2d", "stem")                                                  \
   X(stem_mma, "conv2d", "stem_mma")                                          \
+  X(stem_input_grad, "conv2d_input_grad", "stem")                            \
   X(stem_weight_grad, "conv2d_weight_grad", "stem")                          \
   X(depthwise, "conv2d", "depthwise")                                        \
   X(depthwise_input_grad, "conv2d_input_grad", "depthwise")                  \

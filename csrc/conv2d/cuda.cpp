@@ -51,6 +51,7 @@ struct CudaConv2d {
                          Tensor& grad_input) {
     const OnDevice device(grad);
     const auto launch = kernel == CudaKernel::depthwise_input_grad       ? launch_depthwise_input_grad
+                        : kernel == CudaKernel::stem_input_grad          ? launch_stem_input_grad
                         : kernel == CudaKernel::conv2d_input_grad_direct ? launch_direct_input_grad
                                                                          : nullptr;
     if (launch == nullptr) no_launcher();

@@ -19,6 +19,8 @@ void launch_stem_forward(const ConvProblem& p, const void* x, const void* weight
                          cudaStream_t stream);
 void launch_stem_mma_forward(const ConvProblem& p, const void* x, const void* weight, void* y,
                              const CudaEpilogue& epilogue, cudaStream_t stream);
+void launch_stem_input_grad(const ConvProblem& p, const void* grad_y, const void* weight, void* grad_x,
+                            cudaStream_t stream);
 /// `workspace` holds stem_weight_grad_workspace(p) float32 numbers.
 void launch_stem_weight_grad(const ConvProblem& p, const void* grad_y, const void* x, void* grad_weight,
                              float* workspace, cudaStream_t stream);

@@ -12,19 +12,17 @@ inline const char* refuse_direct_cuda(const ConvProblem& p, ConvPass) {
   return p.dtype == DType::f64 ? "it computes in float32 and would round float64; convert the tensors" : nullptr;
 }
 
-inline const char* refuse_stem_cuda(const ConvProblem& p, ConvPass pass) {
-  return pass == ConvPass::input_grad ? "it has no input gradient" : refuse_stem_cuda(p);
-}
+inline const char* refuse_stem_mma_cuda(const ConvProblem& p, ConvPass) { return refuse_stem_mma_cuda(p); }
 
-inline const char* refuse_stem_mma_cuda(const ConvProblem& p, ConvPass pass) {
-  return pass == ConvPass::forward ? refuse_stem_mma_cuda(p) : "it has a forward pass only";
+inline const char* avoid_stem_mma_cuda(const ConvProblem&, ConvPass pass) {
+  return pass == ConvPass::forward ? nullptr : "its gradients are those of stem";
 }
-
-inline constexpr CudaKernel kNoKernel = CudaKernel::count_;  // of a pass that the candidate refuses always
 
 inline constexpr ConvCandidate<CudaKernel> kCudaConvCandidates[] = {
-    {"stem_mma", CudaKernel::stem_mma, kNoKernel, kNoKernel, &refuse_stem_mma_cuda, &refuse_nothing},
-    {"stem", CudaKernel::stem, kNoKernel, CudaKernel::stem_weight_grad, &refuse_stem_cuda, &refuse_nothing},
+    {"stem_mma", CudaKernel::stem_mma, CudaKernel::stem_input_grad, CudaKernel::stem_weight_grad, &refuse_stem_mma_cuda,
+     &avoid_stem_mma_cuda},
+    {"stem", CudaKernel::stem, CudaKernel::stem_input_grad, CudaKernel::stem_weight_grad,
+     [](const ConvProblem& p, ConvPass) { return refuse_stem_cuda(p); }, &refuse_nothing},
     {"depthwise", CudaKernel::depthwise, CudaKernel::depthwise_input_grad, CudaKernel::depthwise_weight_grad,
      [](const ConvProblem& p, ConvPass) { return refuse_depthwise_cuda(p); }, &refuse_nothing},
     {"direct", CudaKernel::conv2d_direct, CudaKernel::conv2d_input_grad_direct, CudaKernel::conv2d_weight_grad_direct,
