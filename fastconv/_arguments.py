@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastconv import _C
 from fastconv._library import cuda_problem, runs_cuda_kernels
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
@@ -132,6 +133,25 @@ def conv2d_refusal(
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return None  # torch.jit.trace: sizes are tensors, and comparing them would bake them in; the op checks them
     return _conv2d_shape_refusal(input, weight, bias, padding, dilation, groups)
+
+
+def slow_on_cuda(
+    input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, algo: str | None
+) -> str | None:
+    """Why cuDNN should have a convolution that the CUDA kernels could compute: the only one able is ``direct``."""
+    if not input.is_cuda or algo is not None:
+        return None
+    shapes = [[int(size) for size in tensor.shape] for tensor in (input[None] if input.dim() == 3 else input, weight)]
+    plan = _C.plan_conv2d(
+        *shapes, stride=stride, padding=padding, dilation=dilation, groups=groups, channels_last=False,
+        dtype=str(input.dtype).removeprefix("torch."), pass_name="forward", device="cuda",
+    )  # fmt: skip
+    if plan["algo"] != "direct" or 0 in shapes[0]:
+        return None
+    return (
+        "of the CUDA kernels only direct, the plain reference, serves this convolution, and cuDNN is far faster; pass "
+        'algo="direct" to run it'
+    )
 
 
 def _conv2d_shape_refusal(

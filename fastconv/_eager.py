@@ -72,12 +72,13 @@ def _are_constants(*tensors: Any) -> bool:
 
 
 def _is_plain_conv(input: Any) -> bool:
-    """The same for convolutions, which autocast would lower and tuning choose a kernel for."""
-    if not _is_plain(input):
-        return False
-    if input.is_cpu and not EMULATED:
-        return not torch.is_autocast_enabled("cpu")
-    return not torch.is_autocast_enabled(input.device.type) and not tuning.applies(input)
+    """The same for convolutions, which autocast would lower; on CUDA cuDNN may be the better choice."""
+    return (
+        _is_plain(input)
+        and not input.is_cuda
+        and not torch.is_autocast_enabled("cpu")
+        and not (EMULATED and tuning.applies(input))
+    )
 
 
 def conv2d(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> Tensor | None:

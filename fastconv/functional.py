@@ -85,6 +85,8 @@ def conv2d(
         input, weight, bias = _lower(input, cast), _lower(weight, cast), _lower(bias, cast)
     count = _arguments.integer(groups)
     refusal = _arguments.conv2d_refusal(input, weight, bias, strides, paddings, dilations, count)
+    if refusal is None:
+        refusal = _arguments.slow_on_cuda(input, weight, strides, paddings, dilations, count, algo)
     if refusal is not None or strides is None or dilations is None:
         return _by_torch(  # type: ignore[no-any-return]
             "conv2d", _torch_conv2d, refusal, input, weight, bias, stride, padding, dilation, groups

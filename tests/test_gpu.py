@@ -146,7 +146,7 @@ def test_fused(kind, activation, memory_format, ran, poisoned):
     weight = torch.randn(8, channels // groups, 3, 3)
     scale, shift, residual = torch.rand(16)[::2] + 0.5, torch.randn(8), torch.randn(2, 8, 7, 9)
     operands = [t.to(DEVICE) for t in (x, weight, scale, shift, residual)]
-    with ran("conv2d"):
+    with ran(*([] if ON_GPU and kind == "dense" else ["conv2d"]), torch_calls=int(ON_GPU and kind == "dense")):
         y = fused_conv2d(*operands, padding=(1, 1, 1, 1), groups=groups, activation=activation)
     exact = F.conv2d(x.double(), weight.double(), padding=1, groups=groups)
     exact = exact * scale.double().reshape(1, -1, 1, 1) + shift.double().reshape(1, -1, 1, 1) + residual.double()
@@ -210,7 +210,8 @@ def test_a_network_trains_as_torchs(ran):
     theirs.load_state_dict(ours.state_dict())
     x, labels = torch.randn(2, 1, 32, 32), torch.tensor([3, 1])
     optimizers = [torch.optim.SGD(network.parameters(), lr=0.001) for network in (ours, theirs)]
-    with ran("conv2d", "conv2d_input_grad", "conv2d_weight_grad", "conv2d_bias_grad"):
+    # The two later convolutions are cuDNN's on a GPU: forward, twice, of each.
+    with ran("conv2d", "conv2d_weight_grad", "conv2d_bias_grad", torch_calls=4 if ON_GPU else 0):
         for _ in range(2):
             for network, optimizer, images in zip((ours, theirs), optimizers, (x.to(DEVICE), x.double()), strict=True):
                 optimizer.zero_grad()
@@ -267,6 +268,16 @@ def test_float64_goes_to_torch_and_is_counted():
     assert choose("conv2d", x.float(), weight.float()) == ("cuda", None)
 
 
+@on_a_gpu
+def test_convolutions_that_only_the_reference_serves_are_left_to_cudnn():
+    x, weight = torch.randn(1, 8, 6, 6).to(DEVICE), torch.randn(8, 8, 3, 3).to(DEVICE)
+    functional.conv2d(x, weight)
+    assert stats() == {"torch/conv2d": 1}
+    fastconv.reset_stats()
+    functional.conv2d(x, weight, algo="direct")
+    assert stats() == {"cuda/conv2d/direct": 1}
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_explain_tells_what_runs(backward):
     model = nn.Sequential(
@@ -280,7 +291,8 @@ def test_explain_tells_what_runs(backward):
         y = model(x)
     if backward:
         y.sum().backward()
-    assert report.kernels == stats()
+    assert report.kernels == {name: count for name, count in stats().items() if not name.startswith("torch/")}
+    assert [call.by_torch is not None for call in report.calls].count(True) == stats().get("torch/conv2d", 0)
     assert ("emulated" if EMULATED else "cuda") in str(report).splitlines()[0]
 
 

@@ -23,6 +23,7 @@ struct WinogradPlan {
   int64_t channel_step;              // output channels of a register tile
   int64_t parts, channels_per_part;  // of the output channels, where there are few blocks
   int64_t pitch;                     // of a row of input channels
+  int64_t filter_step, v_step;       // from one of the 36 products to the next
   int64_t first_h, first_w;          // input position of the first tap, relative to the output's
 
   WinogradPlan(const GemmConv& p, Layout layout, int64_t tile_rows, int64_t tile_columns, int64_t lanes) {
@@ -40,13 +41,18 @@ struct WinogradPlan {
     parts = ceil_div(p.m, channels_per_part);
     // Whole vectors; not a multiple of 1 KiB, or the rows of a register tile would evict each other from L1.
     pitch = round_up(p.c, lanes) + lanes;
+    // Transforms write 36 places at once; these must not share the few ways of a cache set.
+    const bool nchw = layout == Layout::nchw;
+    filter_step = (nchw ? p.m * pitch : p.c * tile_columns) + lanes;
+    v_step = (nchw ? p.c * tile_columns : block_tiles * pitch) + lanes;
     first_h = p.tap_count ? p.taps[0].dh : 0, first_w = p.tap_count ? p.taps[0].dw : 0;
     for (int64_t t = 1; t < p.tap_count; ++t)
       first_h = min_of(first_h, p.taps[t].dh), first_w = min_of(first_w, p.taps[t].dw);
   }
 };
 
-/// Transformed filters: [product][m][pitch of c] for NCHW, [m / kTileColumns][product][c][kTileColumns] for NHWC.
+/// Transformed filters: [product][m][pitch of c] for NCHW, [m / kTileColumns][product][c][kTileColumns] for NHWC, with
+/// filter_step from product to product.
 template <class T>
 void transform_filters(const GemmConv& p, const WinogradPlan& plan, Layout layout, float* filters) {
   constexpr int64_t kLane = simd::kLanes<double>, kColumns = kTileColumns<float>;
@@ -60,9 +66,14 @@ void transform_filters(const GemmConv& p, const WinogradPlan& plan, Layout layou
   for (int64_t& offset : offsets) offset = -1;  // no tap there: those that reach no input are left out
   for (int64_t t = 0; t < p.tap_count; ++t)
     offsets[(p.taps[t].dh - plan.first_h) * 3 + p.taps[t].dw - plan.first_w] = p.taps[t].weight_offset_elems;
-  parallel_for(0, other_size * groups, 64, [&](int64_t begin, int64_t end) {
+  // Filters that share cache lines follow one another: in NHWC the input channels of a panel's output channels.
+  const int64_t abreast = lanes_are_inputs ? groups : kColumns / kLane;
+  const int64_t panels = ceil_div(groups, abreast);
+  parallel_for(0, panels * other_size * abreast, 64, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t lane = index % groups * kLane, other = index / groups, live = min_of(kLane, lane_size - lane);
+      const int64_t lane = (index / abreast / other_size * abreast + index % abreast) * kLane;
+      const int64_t other = index / abreast % other_size, live = min_of(kLane, lane_size - lane);
+      if (live <= 0) continue;
       const T* weight = static_cast<const T*>(p.weight) + other * other_stride + lane * lane_stride;
       simd::Vec<double> g[9], result[kWinogradProducts];
       for (int t = 0; t < 9; ++t) {
@@ -76,13 +87,12 @@ void transform_filters(const GemmConv& p, const WinogradPlan& plan, Layout layou
         }
       }
       transform_filter(g, result);
-      float* to = lanes_are_inputs
-                      ? filters + other * plan.pitch + lane
-                      : filters + (lane / kColumns * kWinogradProducts * p.c + other) * kColumns + lane % kColumns;
-      const int64_t step = lanes_are_inputs ? p.m * plan.pitch : p.c * kColumns;
+      float* to = lanes_are_inputs ? filters + other * plan.pitch + lane
+                                   : filters + lane / kColumns * kWinogradProducts * plan.filter_step +
+                                         other * kColumns + lane % kColumns;
       for (int64_t f = 0; f < kWinogradProducts; ++f) {
         const Narrow narrowed = __builtin_convertvector(result[f], Narrow);
-        std::memcpy(to + f * step, &narrowed, sizeof(narrowed));
+        std::memcpy(to + f * plan.filter_step, &narrowed, sizeof(narrowed));
       }
     }
   });
@@ -160,7 +170,8 @@ void transform_block_nchw(const GemmConv& p, const WinogradPlan& plan, int64_t f
       for (int f = 0; f < kWinogradProducts; ++f) d[f] = simd::load(pieces + f * kColumns + lane);
       transform_input<float>(d, result);
 #pragma GCC unroll 36
-      for (int f = 0; f < kWinogradProducts; ++f) simd::store<float>(v + (f * p.c + c) * kColumns + lane, result[f]);
+      for (int f = 0; f < kWinogradProducts; ++f)
+        simd::store<float>(v + f * plan.v_step + c * kColumns + lane, result[f]);
     }
   }
 }
@@ -232,8 +243,8 @@ void convolve_block_nchw(const GemmConv& p, const WinogradPlan& plan, const floa
     const TileFunction<float> multiply = kTiles<float, Rows::depth_contiguous>.at(live, count);
     for (int64_t f = 0; f < kWinogradProducts; ++f) {
       TileCall<float> call{};
-      call.a = filters + (f * p.m + channel) * plan.pitch, call.a_stride = plan.pitch;
-      call.b = v + f * p.c * kColumns, call.depth = p.c;
+      call.a = filters + f * plan.filter_step + channel * plan.pitch, call.a_stride = plan.pitch;
+      call.b = v + f * plan.v_step, call.depth = p.c;
       call.out = m + f * kTileRows * kColumns, call.out_stride = kColumns;
       multiply(call);
     }
@@ -269,7 +280,7 @@ void transform_block_nhwc(const GemmConv& p, const WinogradPlan& plan, int64_t f
       transform_input<float>(d, result);
       float* to = v + tile * plan.pitch + c;
 #pragma GCC unroll 36
-      for (int f = 0; f < kWinogradProducts; ++f) simd::store<float>(to + f * plan.block_tiles * plan.pitch, result[f]);
+      for (int f = 0; f < kWinogradProducts; ++f) simd::store<float>(to + f * plan.v_step, result[f]);
     }
   }
 }
@@ -313,8 +324,8 @@ void convolve_block_nhwc(const GemmConv& p, const WinogradPlan& plan, const floa
     for (int64_t f = 0; f < kWinogradProducts; ++f)
       for (int64_t tile = 0; tile < rows.tiles; ++tile) {
         TileCall<float> call{};
-        call.a = v + (f * plan.block_tiles + rows.begin(tile)) * plan.pitch, call.a_stride = plan.pitch;
-        call.b = filters + (channel / kColumns * kWinogradProducts + f) * p.c * kColumns, call.depth = p.c;
+        call.a = v + f * plan.v_step + rows.begin(tile) * plan.pitch, call.a_stride = plan.pitch;
+        call.b = filters + (channel / kColumns * kWinogradProducts + f) * plan.filter_step, call.depth = p.c;
         call.out = m + (f * plan.block_tiles + rows.begin(tile)) * kColumns, call.out_stride = kColumns;
         kTiles<float, Rows::depth_contiguous>.at(rows.begin(tile + 1) - rows.begin(tile), columns)(call);
       }
@@ -332,10 +343,10 @@ void convolve_winograd(const GemmConv& p, Layout layout) {
   constexpr int64_t kColumns = kTileColumns<float>, kFloat = sizeof(float);
   const WinogradPlan plan(p, layout, kTileRows, kColumns, simd::kLanes<float>);
   const bool nchw = layout == Layout::nchw;
-  Scratch filters(kWinogradProducts * (nchw ? p.m * plan.pitch : round_up(p.m, kColumns) * p.c) * kFloat);
+  Scratch filters(kWinogradProducts * (nchw ? 1 : ceil_div(p.m, kColumns)) * plan.filter_step * kFloat);
   transform_filters<T>(p, plan, layout, filters.as<float>());
   parallel_for(0, plan.parts * plan.blocks, 1, [&](int64_t begin, int64_t end) {
-    Scratch v(kWinogradProducts * (nchw ? p.c * kColumns : plan.block_tiles * plan.pitch) * kFloat);
+    Scratch v(kWinogradProducts * plan.v_step * kFloat);
     Scratch m(kWinogradProducts * (nchw ? kTileRows : plan.block_tiles) * kColumns * kFloat);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t channel = task / plan.blocks * plan.channels_per_part;

@@ -51,8 +51,11 @@ inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
   if (pass == ConvPass::weight_grad) return "its weight gradient is that of tiled";
   const bool forward = pass == ConvPass::forward;
   const int64_t rows = forward ? p.p() : p.h, columns = forward ? p.q() : p.w;
-  if (p.c < 32 || p.k < 32) return "fewer than 32 channels do not pay for the transforms of inputs and outputs";
-  if (max_of(p.c, p.k) > 512) return "sums of more than 512 channels would stray further than 2e-5 of their RMS";
+  if (min_of(p.c, p.k) < (p.layout == Layout::nchw ? 48 : 32))
+    return "so few channels do not pay for the transforms of inputs and outputs";
+  if ((forward ? p.c : p.k) > 384) return "sums of more than 384 channels would stray further than 2e-5 of their RMS";
+  // More than the allocator reuses from call to call, and every page of fresh memory costs as much as its products.
+  if (36 * 4 * p.c * p.k > 30 << 20) return "the transformed filters would take more than 30 MiB";
   if (p.n * rows * columns < 600) return "fewer than 600 pixels do not pay for the transform of the filters";
   if (2 * round_up(rows, 4) * round_up(columns, 4) > 3 * rows * columns)
     return "its 4x4 tiles would hang over the edge";
