@@ -111,14 +111,19 @@ def test_it_is_chosen_where_it_wins_and_only_there():
         assert "winograd" not in plan(*wide, **changes)
     assert "winograd" not in plan((1, 16, 56, 56), (64, 16, 3, 3))
     assert "winograd" not in plan((1, 64, 14, 14), (64, 64, 3, 3))
-    assert "winograd" not in plan((1, 1024, 56, 56), (64, 1024, 3, 3))
+    assert "winograd" not in plan((1, 512, 56, 56), (64, 512, 3, 3)), "its error"
+    assert "winograd" not in plan((1, 64, 28, 28), (512, 64, 3, 3), pass_name="input_grad"), "its error"
+    assert "winograd" not in plan((1, 384, 28, 28), (1024, 384, 3, 3)), "its memory"
+    thin = ((1, 32, 28, 28), (32, 32, 3, 3))
+    assert "winograd" not in plan(*thin)
+    assert plan(*thin, channels_last=True) == "conv2d/winograd"
     assert "winograd" not in plan((64, 64, 5, 5), (64, 64, 3, 3)), "5x5 maps fill 25 of 64 outputs"
     assert plan((8, 64, 14, 14), (64, 64, 3, 3)) == "conv2d/winograd"
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_deterministic_algorithms_change_nothing(deterministic):
-    x, weight = torch.randn(1, 32, 28, 28), torch.randn(32, 32, 3, 3)
+    x, weight = torch.randn(1, 48, 28, 28), torch.randn(48, 48, 3, 3)
     before = torch.are_deterministic_algorithms_enabled()
     try:
         torch.use_deterministic_algorithms(deterministic)
@@ -129,8 +134,8 @@ def test_deterministic_algorithms_change_nothing(deterministic):
 
 
 def test_direct_avoids_it_in_every_pass():
-    x = torch.randn(1, 32, 28, 28, requires_grad=True)
-    weight = torch.randn(32, 32, 3, 3, requires_grad=True)
+    x = torch.randn(1, 48, 28, 28, requires_grad=True)
+    weight = torch.randn(48, 48, 3, 3, requires_grad=True)
     functional.conv2d(x, weight, padding=1, algo="direct").sum().backward()
     assert not [name for name in stats() if "winograd" in name]
     reset_stats()
@@ -139,7 +144,7 @@ def test_direct_avoids_it_in_every_pass():
 
 
 def test_refusals():
-    x, weight = torch.randn(1, 32, 28, 28), torch.randn(32, 32, 3, 3)
+    x, weight = torch.randn(1, 48, 28, 28), torch.randn(48, 48, 3, 3)
     with pytest.raises(RuntimeError, match="it needs stride 1 and dilation 1"):
         functional.conv2d(x, weight, stride=2, algo="winograd")
     with pytest.raises(RuntimeError, match="it needs a 3x3 kernel"):
@@ -149,5 +154,5 @@ def test_refusals():
 
 
 def test_fused_layers_use_it():
-    fused_conv2d(torch.randn(1, 32, 28, 28), torch.randn(32, 32, 3, 3), padding=(1, 1, 1, 1), activation="relu")
+    fused_conv2d(torch.randn(1, 48, 28, 28), torch.randn(48, 48, 3, 3), padding=(1, 1, 1, 1), activation="relu")
     assert stats() == {"conv2d/winograd": 1}
