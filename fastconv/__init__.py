@@ -6,6 +6,7 @@ from fastconv import functional, tuning
 from fastconv._report import conversion_report
 from fastconv.convert import convert, revert
 from fastconv.explain import explain
+from fastconv.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, local_response_norm, max_pool2d
 from fastconv.fused import ConvBNReLU2d, DepthwiseSeparableConv2d, FusedConv2d
 from fastconv.fusion import fuse
 from fastconv.layers import AdaptiveAvgPool2d, AvgPool2d, Conv2d, GlobalAvgPool2d, LocalResponseNorm, MaxPool2d
@@ -27,6 +28,11 @@ __all__ = [
     "FusedConv2d",
     # functions
     "functional",
+    "conv2d",
+    "max_pool2d",
+    "avg_pool2d",
+    "adaptive_avg_pool2d",
+    "local_response_norm",
     # whole models
     "convert",
     "revert",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from cuda_memory import check_guards as assert_guarded
 from cuda_memory import room
-from emulator_library import ConvProblem, DType, Library
+from emulator_library import ConvProblem, DType, Library, note_error
 from reference import Conv, Results, allowances, assert_within, results_by_torch
 from torch import Tensor
 
@@ -133,17 +133,27 @@ class CudaRun:
         }
 
 
-def assert_matches(run: CudaRun, results: Results) -> None:
-    """Integers: equal to the CPU kernels' results. Others: as close to float64's as `allowances` says."""
+OPS = {"output": "conv2d", "input": "conv2d_input_grad", "weight": "conv2d_weight_grad"}
+
+
+def assert_matches(run: CudaRun, results: Results, algo: str) -> None:
+    """Integers: equal to the CPU kernels' results. Others: as close to float64's as `allowances` says.
+
+    The report gets the error in units of the dtype's epsilon and the result's root mean square.
+    """
     problem = run.problem
     if problem.integers:
         expected = run.results_by_cpu()
         for name, result in results.items():
             assert torch.equal(result, expected[name]), f"{name} of {problem} is not exact"
+            note_error(OPS[name], algo, 0)
         return
     exact, allowed = results_by_torch(problem, torch.float64), allowances(problem)
     for name, result in results.items():
         assert_within(result, exact[name], allowed[name], f"{name} of {problem}")
+        unit = torch.finfo(problem.dtype).eps * exact[name].square().mean().sqrt().item()
+        if unit:
+            note_error(OPS[name], algo, (result.double() - exact[name]).abs().max().item() / unit)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -34,7 +34,7 @@ from reference import Conv
 
 def fuzz_direct(library: Library, seed: int) -> None:
     run = CudaRun(say(test_cuda_conv2d.random_problem(seed)), seed % 4 < 2, seed % 3)
-    assert_matches(run, run.results(library, "direct"))
+    assert_matches(run, run.results(library, "direct"), "direct")
 
 
 def fuzz_bias(library: Library, seed: int) -> None:

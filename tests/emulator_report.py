@@ -13,7 +13,7 @@ import pytest
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("emulated kernels")
-    terminalreporter.write_line(f"{'op':<34}{'algo':<16}{'cases':>8}  worst error")
+    terminalreporter.write_line(f"{'op':<34}{'algo':<16}{'cases':>8}  worst error, in the dtype's epsilon")
     for op, algo in sorted(emulator.declared_launchers()):
         record = emulator.records.get((op, algo), emulator.Record())
         error = "" if record.worst_error is None else f"{record.worst_error:.2e}"

@@ -17,7 +17,7 @@ from cuda_convolutions import (
     empty,
     placed,
 )
-from emulator_library import DType, Library, Timing, build
+from emulator_library import DType, Library, Timing, build, note_error
 from reference import Conv
 
 SOURCES = ["csrc/conv2d/cuda_direct.cu", "csrc/conv2d/cuda_bias_grad.cu"]
@@ -57,7 +57,7 @@ def random_problem(seed: int) -> Conv:
 @pytest.mark.parametrize("seed", range(24))
 def test_random_problems(library: Library, seed: int, channels_last: bool) -> None:
     run = CudaRun(random_problem(seed), channels_last, offset=seed % 5)
-    assert_matches(run, run.results(library, "direct"))
+    assert_matches(run, run.results(library, "direct"), "direct")
 
 
 # AlexNet's grouped 5x5, ResNet's stem, a strided 1x1 and a 3x3, small.
@@ -74,7 +74,7 @@ LECTURE = [
 def test_layers_of_the_lecture(library: Library, problem: Conv, channels_last: bool) -> None:
     for dtype in DTYPES:
         run = CudaRun(Conv(**{**problem.__dict__, "dtype": dtype, "integers": True}), channels_last)
-        assert_matches(run, run.results(library, "direct"))
+        assert_matches(run, run.results(library, "direct"), "direct")
 
 
 @LAYOUTS
@@ -108,6 +108,7 @@ def check_bias_grad(library: Library, dtype: torch.dtype, shape: tuple[int, ...]
     assert_guarded(result)
     assert_guarded(workspace)
     assert torch.equal(result.flatten(), values.double().sum((0, 2, 3)).to(dtype))
+    note_error("conv2d_bias_grad", "rows", 0)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (5, 70, 3, 3), (1, 1, 1, 1), (3, 130, 40, 1), (9, 2, 33, 31)], ids=str)
@@ -127,7 +128,7 @@ def test_no_races(channels_last: bool) -> None:
             run = CudaRun(
                 Conv(n=1, c_per_group=2, k_per_group=2, size=(4, 5), kernel=(2, 2), integers=True), channels_last
             )
-            assert_matches(run, run.results(checked, "direct"))
+            assert_matches(run, run.results(checked, "direct"), "direct")
             workspace, result = torch.empty(4096 * 66), torch.full((66,), float("nan"))
             grad = torch.ones(2, 66, 3, 3)
             arguments = (2, 66, 9, int(channels_last), DType.float32)

@@ -40,7 +40,7 @@ def depthwise(channels: int, size: tuple[int, int], window: int = 3, stride: int
 
 def check(library: Library, problem: Conv, channels_last: bool, offset: int = 0) -> None:
     run = CudaRun(problem, channels_last, offset)
-    assert_matches(run, run.results(library, "depthwise"))
+    assert_matches(run, run.results(library, "depthwise"), "depthwise")
 
 
 # MobileNet-v2's maps, with fewer channels: (channels, size, stride).

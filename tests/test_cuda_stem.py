@@ -40,9 +40,9 @@ def stem(window: int, stride: int, padding: int, filters: int, size: tuple[int, 
 
 def check(library: Library, problem: Conv, channels_last: bool, offset: int = 0) -> None:
     run = CudaRun(problem, channels_last, offset)
-    assert_matches(run, run.results(library, "stem"))
+    assert_matches(run, run.results(library, "stem"), "stem")
     if problem.dtype != torch.float32:
-        assert_matches(run, {"output": run.forward(library, "stem_mma")})
+        assert_matches(run, {"output": run.forward(library, "stem_mma")}, "stem_mma")
 
 
 # ResNet, AlexNet, VGG, MobileNet, LeNet, and a patch embedding; smaller images.
@@ -125,7 +125,7 @@ def test_on_devices_of_little_shared_memory(library: Library, channels_last: boo
             problem = stem(11, 4, 2, 64, (24, 28), n=1, c_per_group=channels, dtype=torch.float16, integers=True)
             check(library, problem, channels_last)
             run = CudaRun(replace(problem, stride=(1, 1), size=(12, 15)), channels_last)
-            assert_matches(run, {"output": run.forward(library, "stem_mma")})
+            assert_matches(run, {"output": run.forward(library, "stem_mma")}, "stem_mma")
 
 
 @LAYOUTS

@@ -151,3 +151,8 @@ def test_explain_sees_its_own_thread_only():
         stop.set()
         thread.join()
     assert fastconv.stats() == {"torch/max_pool2d": calls}
+
+
+def test_functions_are_also_at_the_top():
+    for name in functional.__all__:
+        assert getattr(fastconv, name) is getattr(functional, name)
