@@ -60,11 +60,11 @@ def _load_cuda() -> str | None:
 
 
 def _load_emulated() -> None:
-    path = _EMULATE if os.path.exists(_EMULATE) else find_library("_C_emulated")
-    if path is None:
+    path = find_library("_C_emulated") if _EMULATE == "1" else _EMULATE
+    if path is None or not os.path.exists(path):
         raise ImportError(
             f"FASTCONV_EMULATE is {_EMULATE!r}, but the library of emulated CUDA kernels is not built; run "
-            "`make emulated` in the source folder, or unset the variable"
+            "`make emulated` in the source folder and set it to 1, or unset the variable"
         )
     torch.ops.load_library(path)
 

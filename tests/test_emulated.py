@@ -42,6 +42,11 @@ def test_without_the_library_the_error_names_the_remedy(tmp_path):
     script = "import fastconv._library as l; l.find_library = lambda stem: None; l._EMULATE = '1'; l._load_emulated()"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "run `make emulated`" in result.stderr
+    script = "import fastconv"
+    missing = {**os.environ, "FASTCONV_EMULATE": str(tmp_path / "missing.so")}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=missing)
+    assert result.returncode != 0
+    assert "run `make emulated`" in result.stderr
 
 
 def test_the_registry_and_the_launchers_are_the_same_list():
