@@ -15,7 +15,7 @@ from fastconv.ops import conv2d as ops
 from fastconv.ops.conv2d_fused import conv2d_fused
 from fastconv.stats import reset_stats, stats
 
-BOUND = 2e-5  # of the result's root mean square: the error that the selection may spend
+BOUND = 2e-5  # of the result's root mean square, for inputs of one scale
 PASSES = {"output": "conv2d", "input": "conv2d_input_grad"}
 
 

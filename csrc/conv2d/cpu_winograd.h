@@ -9,7 +9,8 @@
 // tiles.
 #pragma once
 
-#include "conv2d/cpu_lanes.h"
+#include "conv2d/cpu_channel_lanes.h"
+#include "conv2d/cpu_pixel_store.h"
 #include "conv2d/cpu_tile.h"
 #include "conv2d/cpu_winograd_transforms.h"
 #include "conv2d/gemm_conv.h"
@@ -17,38 +18,45 @@
 namespace fastconv {
 namespace {
 
+/// Where a tile lies: its image, and its place in the grid of tiles.
+struct TilePlace {
+  int64_t image, row, column;
+};
+
 struct WinogradPlan {
   int64_t rows, columns, tiles;      // tiles of a plane, of all planes
   int64_t block_tiles, blocks;       // tiles of a task
-  int64_t channel_step;              // output channels of a register tile
   int64_t parts, channels_per_part;  // of the output channels, where there are few blocks
   int64_t pitch;                     // of a row of input channels
   int64_t filter_step, v_step;       // from one of the 36 products to the next
   int64_t first_h, first_w;          // input position of the first tap, relative to the output's
 
-  WinogradPlan(const GemmConv& p, Layout layout, int64_t tile_rows, int64_t tile_columns, int64_t lanes) {
+  WinogradPlan(const GemmConv& p, Layout layout) {
+    constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
+    const bool nchw = layout == Layout::nchw;
     rows = ceil_div(p.i, kWinogradOutputs), columns = ceil_div(p.j, kWinogradOutputs);
     tiles = p.n * rows * columns;
     // V takes 144 bytes a tile and channel, and shares L2 with M and the filters that stream by.
-    block_tiles = layout == Layout::nchw ? tile_columns : p.c > 128 ? tile_rows : 2 * tile_rows;
+    block_tiles = nchw ? kColumns : p.c > 128 ? kTileRows : 2 * kTileRows;
     blocks = ceil_div(tiles, block_tiles);
-    if (layout == Layout::nhwc) block_tiles = ceil_div(tiles, blocks);
-    channel_step = layout == Layout::nchw ? tile_rows : tile_columns;
+    if (!nchw) block_tiles = ceil_div(tiles, blocks);
+    const int64_t channel_step = nchw ? kTileRows : kColumns;  // output channels of a register tile
     const int64_t steps = ceil_div(p.m, channel_step), threads = thread_count();
     // Every part transforms the inputs again.
     parts = blocks < 4 * threads && blocks % threads != 0 ? min_of(steps, threads) : 1;
     channels_per_part = ceil_div(steps, parts) * channel_step;
     parts = ceil_div(p.m, channels_per_part);
     // Whole vectors; not a multiple of 1 KiB, or the rows of a register tile would evict each other from L1.
-    pitch = round_up(p.c, lanes) + lanes;
+    pitch = round_up(p.c, kLane) + kLane;
     // Transforms write 36 places at once; these must not share the few ways of a cache set.
-    const bool nchw = layout == Layout::nchw;
-    filter_step = (nchw ? p.m * pitch : p.c * tile_columns) + lanes;
-    v_step = (nchw ? p.c * tile_columns : block_tiles * pitch) + lanes;
+    filter_step = (nchw ? p.m * pitch : p.c * kColumns) + kLane;
+    v_step = (nchw ? p.c * kColumns : block_tiles * pitch) + kLane;
     first_h = p.tap_count ? p.taps[0].dh : 0, first_w = p.tap_count ? p.taps[0].dw : 0;
     for (int64_t t = 1; t < p.tap_count; ++t)
       first_h = min_of(first_h, p.taps[t].dh), first_w = min_of(first_w, p.taps[t].dw);
   }
+
+  TilePlace place(int64_t tile) const { return {tile / columns / rows, tile / columns % rows, tile % columns}; }
 };
 
 /// Transformed filters: [product][m][pitch of c] for NCHW, [m / kTileColumns][product][c][kTileColumns] for NHWC, with
@@ -101,16 +109,16 @@ void transform_filters(const GemmConv& p, const WinogradPlan& plan, Layout layou
 /// Neighbouring tiles of one row of tiles, in a block.
 struct TileRun {
   int64_t lane, count;
-  int64_t image, row, column;  // of the first tile
+  TilePlace first;
 };
 
 /// Calls body(run) for the runs of tiles [first, first + count).
 template <class Body>
 FASTCONV_INLINE void for_runs(const WinogradPlan& plan, int64_t first, int64_t count, const Body& body) {
   for (int64_t lane = 0; lane < count;) {
-    const int64_t tile = first + lane, column = tile % plan.columns;
-    const int64_t length = min_of(plan.columns - column, count - lane);
-    body(TileRun{lane, length, tile / plan.columns / plan.rows, tile / plan.columns % plan.rows, column});
+    const TilePlace place = plan.place(first + lane);
+    const int64_t length = min_of(plan.columns - place.column, count - lane);
+    body(TileRun{lane, length, place});
     lane += length;
   }
 }
@@ -151,8 +159,9 @@ void transform_block_nchw(const GemmConv& p, const WinogradPlan& plan, int64_t f
   float buffer[4 * kColumns + 2];
   for (int64_t c = 0; c < p.c; ++c) {
     for_runs(plan, first, count, [&](const TileRun& run) {
-      const T* plane = static_cast<const T*>(p.x) + run.image * p.x_strides.n + c * p.x_strides.c;
-      const int64_t h = run.row * kWinogradOutputs + plan.first_h, w = run.column * kWinogradOutputs + plan.first_w;
+      const T* plane = static_cast<const T*>(p.x) + run.first.image * p.x_strides.n + c * p.x_strides.c;
+      const int64_t h = run.first.row * kWinogradOutputs + plan.first_h;
+      const int64_t w = run.first.column * kWinogradOutputs + plan.first_w;
       for (int64_t r = 0; r < kWinogradInputs; ++r) {
         float* to = pieces + r * kWinogradInputs * kColumns + run.lane;
         if (!inside(h + r, p.h)) {
@@ -180,26 +189,12 @@ void transform_block_nchw(const GemmConv& p, const WinogradPlan& plan, int64_t f
 template <class T>
 void store_rows(const GemmConv& p, const WinogradPlan& plan, int64_t first, int64_t count, int64_t channel,
                 const float* lines) {
-  constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
-  const Epilogue& e = p.epilogue;
-  const auto scale = simd::broadcast(e.scale ? static_cast<const float*>(e.scale)[channel] : 1.0f);
-  const auto shift = simd::broadcast(e.shift ? static_cast<const float*>(e.shift)[channel] : 0.0f);
   for_runs(plan, first, count, [&](const TileRun& run) {
-    const int64_t i = run.row * kWinogradOutputs, j = run.column * kWinogradOutputs;
-    const int64_t length = min_of(4 * run.count, p.j - j);
+    const int64_t i = run.first.row * kWinogradOutputs, j = run.first.column * kWinogradOutputs;
     for (int64_t r = 0; r < min_of(kWinogradOutputs, p.i - i); ++r) {
-      const float* line = lines + (r * kColumns + run.lane) * 4;
-      const int64_t offset =
-          p.y_offset + run.image * p.y_strides.n + channel * p.y_strides.c + (i + r) * p.y_strides.h + j;
-      for (int64_t at = 0; at < length; at += kLane) {
-        const int64_t live = min_of(kLane, length - at);
-        auto value = simd::fma<float>(simd::load(line + at), scale, shift);
-        if (e.residual) value = value + simd::load_first(static_cast<const T*>(e.residual) + offset + at, live);
-        value = simd::activate<float>(value, e.activation);
-        T* y = static_cast<T*>(p.y) + offset + at;
-        if (live == kLane) simd::store<T>(y, value);
-        else simd::store_first<T>(y, value, live);
-      }
+      const int64_t offset = p.y_offset + run.first.image * p.y_strides.n + (i + r) * p.y_strides.h + j;
+      store_run<T>(p, lines + (r * kTileColumns<float> + run.lane) * 4, offset, channel, 1,
+                   min_of(4 * run.count, p.j - j));
     }
   });
 }
@@ -260,15 +255,15 @@ template <class T>
 void transform_block_nhwc(const GemmConv& p, const WinogradPlan& plan, int64_t first, int64_t count, float* v) {
   constexpr int64_t kLane = simd::kLanes<float>;
   for (int64_t tile = 0; tile < count; ++tile) {
-    const int64_t column = (first + tile) % plan.columns, row = (first + tile) / plan.columns % plan.rows;
-    const int64_t image = (first + tile) / plan.columns / plan.rows;
-    const int64_t h = row * kWinogradOutputs + plan.first_h, w = column * kWinogradOutputs + plan.first_w;
+    const TilePlace place = plan.place(first + tile);
+    const int64_t h = place.row * kWinogradOutputs + plan.first_h, w = place.column * kWinogradOutputs + plan.first_w;
     const T* pixels[kWinogradProducts];
     for (int64_t f = 0; f < kWinogradProducts; ++f) {
       const int64_t y = h + f / 6, x = w + f % 6;
       const bool reads = inside(y, p.h) && inside(x, p.w);
-      pixels[f] =
-          reads ? static_cast<const T*>(p.x) + image * p.x_strides.n + y * p.x_strides.h + x * p.x_strides.w : nullptr;
+      pixels[f] = reads
+                      ? static_cast<const T*>(p.x) + place.image * p.x_strides.n + y * p.x_strides.h + x * p.x_strides.w
+                      : nullptr;
     }
     for (int64_t c = 0; c < p.c; c += kLane) {
       const int64_t live = min_of(kLane, p.c - c);
@@ -285,37 +280,36 @@ void transform_block_nhwc(const GemmConv& p, const WinogradPlan& plan, int64_t f
   }
 }
 
-/// The outputs of one tile for kLanes channels from M[product][block_tiles][kTileColumns].
+/// The outputs of one tile for `columns` channels from M[product][block_tiles][kTileColumns].
 template <class T>
-void finish_tile_nhwc(const GemmConv& p, const WinogradPlan& plan, int64_t tile, int64_t channel, int64_t live,
+void finish_tile_nhwc(const GemmConv& p, const WinogradPlan& plan, int64_t tile, int64_t channel, int64_t columns,
                       const float* m) {
   constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
-  simd::Vec<float> products[kWinogradProducts], outputs[16];
+  const TilePlace place = plan.place(tile);
+  const int64_t i = place.row * kWinogradOutputs, j = place.column * kWinogradOutputs;
+  const int64_t rows = min_of(kWinogradOutputs, p.i - i), pixels = min_of(kWinogradOutputs, p.j - j);
+  alignas(64) float sums[16 * kColumns];  // of the pixels inside the output, side by side
+  int64_t offsets[16];
+  for (int64_t lane = 0; lane < columns; lane += kLane) {
+    simd::Vec<float> products[kWinogradProducts], outputs[16];
 #pragma GCC unroll 36
-  for (int f = 0; f < kWinogradProducts; ++f) products[f] = simd::load(m + f * plan.block_tiles * kColumns);
-  transform_output<float>(products, outputs);
-  const Epilogue& e = p.epilogue;
-  const auto scale =
-      e.scale ? simd::load_first(static_cast<const float*>(e.scale) + channel, live) : simd::broadcast(1.0f);
-  const auto shift =
-      e.shift ? simd::load_first(static_cast<const float*>(e.shift) + channel, live) : simd::zero<float>();
-  const int64_t i = tile / plan.columns % plan.rows * kWinogradOutputs, j = tile % plan.columns * kWinogradOutputs;
-  const int64_t base = p.y_offset + tile / plan.columns / plan.rows * p.y_strides.n + channel;
-  for (int64_t r = 0; r < min_of(kWinogradOutputs, p.i - i); ++r)
-    for (int64_t s = 0; s < min_of(kWinogradOutputs, p.j - j); ++s) {
-      const int64_t offset = base + (i + r) * p.y_strides.h + (j + s) * p.y_strides.w;
-      auto value = simd::fma<float>(outputs[r * 4 + s], scale, shift);
-      if (e.residual) value = value + simd::load_first(static_cast<const T*>(e.residual) + offset, live);
-      value = simd::activate<float>(value, e.activation);
-      if (live == kLane) simd::store<T>(static_cast<T*>(p.y) + offset, value);
-      else simd::store_first<T>(static_cast<T*>(p.y) + offset, value, live);
-    }
+    for (int f = 0; f < kWinogradProducts; ++f) products[f] = simd::load(m + f * plan.block_tiles * kColumns + lane);
+    transform_output<float>(products, outputs);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t s = 0; s < pixels; ++s)
+        simd::store<float>(sums + (r * pixels + s) * kColumns + lane, outputs[r * kWinogradOutputs + s]);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t s = 0; s < pixels; ++s)
+      offsets[r * pixels + s] =
+          p.y_offset + place.image * p.y_strides.n + (i + r) * p.y_strides.h + (j + s) * p.y_strides.w;
+  store_channel_tile<T>(p, offsets, sums, channel, rows * pixels, columns);
 }
 
 template <class T>
 void convolve_block_nhwc(const GemmConv& p, const WinogradPlan& plan, const float* filters, int64_t block,
                          int64_t channel_begin, int64_t channel_end, float* v, float* m) {
-  constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
+  constexpr int64_t kColumns = kTileColumns<float>;
   const int64_t first = block * plan.block_tiles, count = min_of(plan.block_tiles, plan.tiles - first);
   transform_block_nhwc<T>(p, plan, first, count, v);
   const RowTiles rows(count);
@@ -330,9 +324,7 @@ void convolve_block_nhwc(const GemmConv& p, const WinogradPlan& plan, const floa
         kTiles<float, Rows::depth_contiguous>.at(rows.begin(tile + 1) - rows.begin(tile), columns)(call);
       }
     for (int64_t tile = 0; tile < count; ++tile)
-      for (int64_t lane = 0; lane < columns; lane += kLane)
-        finish_tile_nhwc<T>(p, plan, first + tile, channel + lane, min_of(kLane, columns - lane),
-                            m + tile * kColumns + lane);
+      finish_tile_nhwc<T>(p, plan, first + tile, channel, columns, m + tile * kColumns);
   }
 }
 
@@ -341,7 +333,7 @@ void convolve_block_nhwc(const GemmConv& p, const WinogradPlan& plan, const floa
 template <class T>
 void convolve_winograd(const GemmConv& p, Layout layout) {
   constexpr int64_t kColumns = kTileColumns<float>, kFloat = sizeof(float);
-  const WinogradPlan plan(p, layout, kTileRows, kColumns, simd::kLanes<float>);
+  const WinogradPlan plan(p, layout);
   const bool nchw = layout == Layout::nchw;
   Scratch filters(kWinogradProducts * (nchw ? 1 : ceil_div(p.m, kColumns)) * plan.filter_step * kFloat);
   transform_filters<T>(p, plan, layout, filters.as<float>());

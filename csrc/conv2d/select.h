@@ -66,14 +66,9 @@ inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
      &refuse_nothing},
 };
 
-/// `algo` may also be "direct": whatever is best without Winograd.
+/// `algo` may also be "direct": whatever is best without Winograd, which is never chosen unasked.
 inline Kernel select_conv2d(const ConvProblem& problem, ConvPass pass, std::string_view algo) {
-  if (algo == "direct") {
-    for (const ConvCandidate<Kernel>& candidate : kConvCandidates)
-      if (candidate.algo != "winograd" && !candidate.refuse(problem, pass) && !candidate.avoid(problem, pass))
-        return candidate.kernel(pass);
-  }
-  return select_conv2d(kConvCandidates, problem, pass, algo);
+  return select_conv2d(kConvCandidates, problem, pass, algo == "direct" ? "" : algo);
 }
 
 }  // namespace fastconv
