@@ -16,7 +16,12 @@ from fastconv._library import EMULATED
 TESTS = Path(__file__).resolve().parent
 # The tests of CUDA tensors, and torch's samples and error inputs for these functions and modules. No CUDA kernel
 # computes in float64.
-FILES = {"test_gpu.py": "", "test_opinfo.py": "not float64", "test_moduleinfo.py": "not float64"}
+FILES = {
+    "test_gpu.py": "",
+    "test_gpu_tuning.py": "",
+    "test_opinfo.py": "not float64",
+    "test_moduleinfo.py": "not float64",
+}
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="this process has been told already")
 

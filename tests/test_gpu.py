@@ -1,4 +1,4 @@
-"""The package on CUDA kernels, from the layer down: the operators, dispatch, autograd, stats, explain, tuning.
+"""The package on CUDA kernels, from the layer down: the operators, dispatch, autograd, stats, explain.
 
 On a GPU (`make gpu-check`) tensors are on it. Elsewhere tests/test_emulated.py runs this file with FASTCONV_EMULATE:
 tensors are on the CPU, and the same kernels run in the emulator. Without either everything here is skipped.
@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from cuda_device import DEVICE, ON_GPU, WHERE, cuda_kernels, on_a_gpu
 from reference import Conv, allowances, assert_within, guarded, results_by_torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,22 +18,15 @@ from torch.nn import functional as F
 import fastconv
 from fastconv import functional
 from fastconv._library import EMULATED
-from fastconv.backends import choose, unavailable
+from fastconv.backends import choose
 from fastconv.fused import fused_conv2d
 from fastconv.models.lenet import LeNet5
 from fastconv.ops import conv2d as ops
 from fastconv.stats import stats
 
-ON_GPU = unavailable("cuda") is None
-DEVICE = "cuda" if ON_GPU else "cpu"
-WHERE = "cuda" if ON_GPU else "emulated"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (ON_GPU or EMULATED), reason=f"no CUDA kernels: {unavailable('cuda')}"),
-]
-on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU's streams, graphs and memory are not emulated")
+pytestmark = cuda_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +39,9 @@ def moved(value: Tensor | None) -> Tensor | None:
     """On the device, with the same strides, in the middle of a buffer of NaN."""
     if value is None:
         return None
-    buffer = torch.tensor([], dtype=value.dtype).set_(guarded(value.detach()).untyped_storage()).to(DEVICE)
-    return buffer.as_strided(value.shape, value.stride(), guarded(value.detach()).storage_offset())
+    held = guarded(value.detach())
+    buffer = torch.tensor([], dtype=held.dtype).set_(held.untyped_storage()).to(DEVICE)
+    return buffer.as_strided(held.shape, held.stride(), held.storage_offset())
 
 
 CONVOLUTIONS = {
@@ -294,69 +289,6 @@ def test_explain_tells_what_runs(backward):
     assert report.kernels == {name: count for name, count in stats().items() if not name.startswith("torch/")}
     assert [call.by_torch is not None for call in report.calls].count(True) == stats().get("torch/conv2d", 0)
     assert ("emulated" if EMULATED else "cuda") in str(report).splitlines()[0]
-
-
-# ---------------------------------------------------------------- tuning
-
-
-@pytest.fixture
-def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    fastconv.tuning.clear()
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    yield
-    fastconv.tuning.clear()
-
-
-def test_benchmark_mode_times_every_kernel_once(tuned, monkeypatch):
-    slow = {"stem": 1.0, "direct": 3.0}
-    timed = []
-
-    def seconds(run, tensor):
-        fastconv.reset_stats()
-        run()
-        [kernel] = stats()
-        timed.append(kernel.split("/")[-1])
-        return slow[timed[-1]]
-
-    monkeypatch.setattr(fastconv.tuning, "_seconds", seconds)
-    x, weight = torch.randn(1, 3, 8, 8).to(DEVICE), torch.randn(4, 3, 3, 3).to(DEVICE)
-    functional.conv2d(x, weight)
-    assert timed.count("stem") == timed.count("direct") == 4
-    slow["stem"] = 9.0  # another problem, another winner
-    functional.conv2d(x, weight, padding=1)
-    timed.clear()
-    for padding, winner in ((0, "stem"), (1, "direct")):
-        fastconv.reset_stats()
-        functional.conv2d(x, weight, padding=padding)
-        assert stats() == {f"{WHERE}/conv2d/{winner}": 1}
-    assert not timed, "known problems are not timed again"
-    assert sorted(fastconv.tuning.winners().values()) == ["direct", "stem"]
-
-
-def test_gradients_are_tuned(tuned):
-    layer = fastconv.Conv2d(8, 8, 3, groups=8).to(DEVICE)
-    layer(torch.randn(1, 8, 6, 6).to(DEVICE).requires_grad_()).sum().backward()
-    passes = {key.split("; ")[1] for key in fastconv.tuning.winners()}
-    assert passes == {"conv2d", "conv2d_input_grad", "conv2d_weight_grad"}
-
-
-def test_winners_can_be_shipped(tuned, tmp_path, monkeypatch):
-    x, weight = torch.randn(1, 3, 8, 8).to(DEVICE), torch.randn(4, 3, 3, 3).to(DEVICE)
-    functional.conv2d(x, weight)
-    [key] = fastconv.tuning.winners()
-    path = tmp_path / "winners.json"
-    for algo, expected in (("direct", "direct"), ("of another release", "stem")):
-        monkeypatch.setattr(fastconv.tuning, "_winners", {key: algo})
-        fastconv.tuning.save(path)
-        monkeypatch.setattr(fastconv.tuning, "_winners", {})
-        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-        fastconv.tuning.load(path)
-        fastconv.reset_stats()
-        functional.conv2d(x, weight)
-        assert stats() == {f"{WHERE}/conv2d/{expected}": 1}
-    path.write_text('{"something": "else"}')
-    with pytest.raises(ValueError, match="no table of winners"):
-        fastconv.tuning.load(path)
 
 
 # ---------------------------------------------------------------- a GPU's own
