@@ -4,8 +4,8 @@
 shapes, dtype, memory format, stride, padding, dilation, groups) times every kernel that can serve it, and the winner
 serves the rest. Winners can be saved and loaded, so that a program need not measure again; a loaded table is used
 whether or not the switch is on. Timing runs appear in :func:`fastconv.stats`. Nothing is timed while a CUDA graph is
-captured, nor inside ``torch.compile``, whose graphs hold no choice; a call that names its kernel (``algo=``) is left
-alone.
+captured, on fake tensors, under a dispatch mode, nor inside ``torch.compile``, whose graphs hold no choice; a call that
+names its kernel (``algo=``) is left alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastconv._library import EMULATED, runs_cuda_kernels
 from fastconv._plans import plan_of
@@ -89,7 +90,7 @@ def _winner(op: Any, args: tuple[Any, ...]) -> str | None:
     if known is not None:
         return known
     candidate = _loaded.get(key)
-    may_measure = bool(torch.backends.cudnn.benchmark) and not _is_capturing(args[0])
+    may_measure = bool(torch.backends.cudnn.benchmark) and _can_be_timed(args[0])
     if candidate is None and not may_measure:
         return None
     plan = plan_of(op, args, None)
@@ -102,9 +103,9 @@ def _winner(op: Any, args: tuple[Any, ...]) -> str | None:
     if not may_measure:
         return None
     with _lock:
-        if key not in _winners:
-            _winners[key] = _fastest(algos, lambda algo: call_raw(op, *args[:-1], algo), args[0])
-    return _winners[key]
+        winner = _winners.get(key) or _fastest(algos, lambda algo: call_raw(op, *args[:-1], algo), args[0])
+        _winners[key] = winner
+    return winner
 
 
 def _fastest(algos: list[str], run: Callable[[str], Any], tensor: Tensor) -> str:
@@ -134,8 +135,11 @@ def _seconds(run: Callable[[], Any], tensor: Tensor) -> float:
         return float(start.elapsed_time(end)) / 1000
 
 
-def _is_capturing(tensor: Tensor) -> bool:
-    return bool(tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+def _can_be_timed(tensor: Tensor) -> bool:
+    """False for tensors without data, under a mode that watches calls, and while a CUDA graph is captured."""
+    if isinstance(tensor, FakeTensor) or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _key(op: Any, args: tuple[Any, ...]) -> str:

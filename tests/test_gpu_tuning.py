@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_device import DEVICE, WHERE, cuda_kernels
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
 from fastconv import functional
+from fastconv.backends import can_run
 from fastconv.stats import stats
 
 pytestmark = cuda_kernels
@@ -71,3 +73,27 @@ def test_winners_can_be_shipped(tuned, tmp_path, monkeypatch):
     path.write_text('{"something": "else"}')
     with pytest.raises(ValueError, match="no table of winners"):
         fastconv.tuning.load(path)
+
+
+def test_nothing_is_timed_without_data_or_under_a_mode(tuned):
+    """explain and can_run look on fakes, whose times say nothing; a mode would see the timing runs as calls."""
+    x, weight = torch.randn(1, 3, 8, 8).to(DEVICE), torch.randn(4, 3, 3, 3).to(DEVICE)
+    can_run("conv2d", x, weight)
+    report = fastconv.explain(lambda t: functional.conv2d(t, weight), (1, 3, 8, 8), device=DEVICE, quiet=True)
+    assert report.kernels == {f"{WHERE}/conv2d/stem": 1}
+    with FlopCounterMode(display=False) as counter:
+        functional.conv2d(x, weight)
+    assert counter.get_total_flops() == 2 * 4 * 27 * 36
+    assert fastconv.tuning.winners() == {}
+    functional.conv2d(x, weight)
+    assert len(fastconv.tuning.winners()) == 1
+
+
+def test_a_call_survives_that_winners_are_forgotten_meanwhile(tuned, monkeypatch):
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            """clear() of another thread, right after."""
+
+    monkeypatch.setattr(fastconv.tuning, "_winners", Forgetful())
+    functional.conv2d(torch.randn(1, 3, 8, 8).to(DEVICE), torch.randn(4, 3, 3, 3).to(DEVICE))
+    assert fastconv.tuning.winners() == {}
