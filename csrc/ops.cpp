@@ -82,4 +82,5 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def("reset_kernel_counts() -> ()");
   m.def("cuda_kernel_counts() -> Tensor");
   m.def("reset_cuda_kernel_counts() -> ()");
+  m.def("cuda_runtime_version() -> int");  // 13000 for CUDA 13.0: what _C_cuda is linked with
 }

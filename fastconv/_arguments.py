@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv import _C
-from fastconv._library import cuda_problem, runs_cuda_kernels
+from fastconv._library import cuda_problem, device_problem, runs_cuda_kernels
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 DEVICES = frozenset({"cpu", "meta"} if cuda_problem else {"cpu", "meta", "cuda"})
@@ -68,6 +67,8 @@ def tensor_refusal(function: str, name: str, tensor: Any) -> str | None:
         reason = f"; there are none for CUDA: {cuda_problem}" if tensor.is_cuda else ""
         where = "the CPU" if cuda_problem else "the CPU and CUDA"
         return f"{name} is on {tensor.device}, {function} has kernels for {where}; move it with .cpu(){reason}"
+    if tensor.is_cuda and (problem := device_problem(tensor.device)) is not None:
+        return f"{name} is on {tensor.device}: {problem}"
     if tensor.dtype == torch.float64 and runs_cuda_kernels(tensor):
         return f"{name} is torch.float64, the CUDA kernels compute in float32; convert it with .float()"
     return None
@@ -136,22 +137,30 @@ def conv2d_refusal(
 
 
 def slow_on_cuda(
-    input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, algo: str | None
+    input: Tensor, weight: Tensor, stride: Any, dilation: Any, groups: int, algo: str | None
 ) -> str | None:
-    """Why cuDNN should have a convolution that the CUDA kernels could compute: the only one able is ``direct``."""
-    if not input.is_cuda or algo is not None:
-        return None
-    shapes = [[int(size) for size in tensor.shape] for tensor in (input[None] if input.dim() == 3 else input, weight)]
-    plan = _C.plan_conv2d(
-        *shapes, stride=stride, padding=padding, dilation=dilation, groups=groups, channels_last=False,
-        dtype=str(input.dtype).removeprefix("torch."), pass_name="forward", device="cuda",
-    )  # fmt: skip
-    if plan["algo"] != "direct" or 0 in shapes[0]:
+    """Why cuDNN should have a convolution that the CUDA kernels could compute."""
+    if not input.is_cuda or algo is not None or not only_direct_serves(weight.shape, stride, dilation, groups):
         return None
     return (
         "of the CUDA kernels only direct, the plain reference, serves this convolution, and cuDNN is far faster; pass "
         'algo="direct" to run it'
     )
+
+
+def only_direct_serves(weight_shape: Sequence[int], stride: Any, dilation: Any, groups: int) -> bool:
+    """True if the other CUDA kernels of csrc/conv2d/cuda_select.h refuse, whatever the size of the images.
+
+    Those sizes are left out, and the native library is not asked, because ``torch.compile`` goes through here: it would
+    have to fix the sizes, and break the graph at the question.
+    """
+    filters, depth, rows, columns = weight_shape
+    if max(dilation) > 1:
+        return True
+    stem = groups == 1 and depth <= 4 and max(rows, columns) <= 11 and max(stride) <= 4
+    window = rows == columns and rows in (3, 5, 7) and stride[0] == stride[1] <= 2
+    depthwise = window and groups > 1 and depth == 1 and filters == groups
+    return not (stem or depthwise)
 
 
 def _conv2d_shape_refusal(
@@ -178,6 +187,8 @@ def _conv2d_shape_refusal(
             f"the kernel {kernel_rows} x {kernel_columns} with dilation {dilation} is larger than the padded input, "
             f"{rows + padding[0] + padding[2]} x {columns + padding[1] + padding[3]}; pad more or use a smaller kernel"
         )
+    if rows == 0 or columns == 0:
+        return f"input has shape {tuple(input.shape)}, expected no empty H or W"
     return None
 
 
@@ -205,4 +216,30 @@ def pool_refusal(function: str, input: Any, kernel: Any, stride: Any, padding: A
                 f"the window {kernel} with dilation {dilation} is larger than the padded input, {size} along "
                 f"{'HW'[axis]}; pad more or use a smaller window"
             )
+    return cuda_pool_refusal(input, *kernel, *stride, *padding, *dilation)
+
+
+def cuda_pool_refusal(input: Tensor, *numbers: Any) -> str | None:
+    """Why the CUDA pooling kernels, which count in 32 bits inside an image, do not serve these sizes."""
+    if not runs_cuda_kernels(input):
+        return None
+    channels, rows, columns = input.shape[-3:]
+    if channels * rows * columns >= 2**31:
+        return f"an image is {channels} x {rows} x {columns}, the CUDA kernels want fewer than 2^31 elements; crop it"
+    if max(numbers) >= 2**30 - 1:
+        return f"one of the window's numbers is {max(numbers)}, the CUDA kernels want less than 2^30 - 1"
+    return None
+
+
+def cuda_adaptive_refusal(input: Tensor, output_size: Sequence[int]) -> str | None:
+    """The same for adaptive pooling, which multiplies positions by sizes."""
+    if not runs_cuda_kernels(input):
+        return None
+    channels, rows, columns = input.shape[-3:]
+    if rows * columns >= 2**28:
+        return f"a plane is {rows} x {columns}, the CUDA kernels want fewer than 2^28 elements; crop it"
+    if channels * max(rows, output_size[0]) * max(columns, output_size[1]) >= 2**31:
+        return f"output_size is {tuple(output_size)}, the CUDA kernels want images of fewer than 2^31 elements"
+    if max((rows + 1) * (output_size[0] + 1), (columns + 1) * (output_size[1] + 1)) >= 2**31:
+        return f"output_size is {tuple(output_size)}, the CUDA kernels want its product with input's below 2^31"
     return None

@@ -54,9 +54,33 @@ def _load_cuda() -> str | None:
         return f"torch {torch.__version__} is a build without CUDA; install one with CUDA"
     try:
         torch.ops.load_library(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return f"{path} does not load beside torch {torch.__version__}: {error}"
-    return None
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # CUDA builds have it
+    return driver_problem(driver, torch.ops.fastconv.cuda_runtime_version())
+
+
+def driver_problem(driver: int, runtime: int) -> str | None:
+    """Why kernels of a CUDA ``runtime`` (13000 is 13.0) do not run on ``driver``, which is 0 where there is none."""
+    if driver == 0 or driver // 1000 >= runtime // 1000:
+        return None
+    return (
+        f"_C_cuda is built with CUDA {runtime // 1000}, and the driver serves CUDA {driver // 1000}."
+        f"{driver % 1000 // 10} at most; update the driver, or build with an older nvcc"
+    )
+
+
+def device_problem(device: torch.device) -> str | None:
+    """Why the CUDA kernels do not run on this GPU. torch.compile knows the answers while it traces."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major >= 8:
+        return None
+    return (
+        f"the GPU, {properties.name}, has compute capability {properties.major}.{properties.minor}, and the kernels "
+        "want 8.0 (Ampere) or later"
+    )
 
 
 def _load_emulated() -> None:

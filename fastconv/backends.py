@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastconv import _arguments, functional
-from fastconv._library import cuda_problem, runs_cuda_kernels
+from fastconv._library import cuda_problem, ops, runs_cuda_kernels
+from fastconv._plans import plan_of
 
 BACKENDS = ("cpu", "cuda", "triton")
 
@@ -73,7 +75,7 @@ def can_run(function: str, *args: Any, **kwargs: Any) -> Refusal | None:
         refusals.append(refusal)
         return run()
 
-    with intercepted(handle), FakeTensorMode() as mode, torch.no_grad():
+    with intercepted(handle), FakeTensorMode() as mode, torch.no_grad(), _Named(refusals):
         fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
         try:
             getattr(functional, function)(*fake_args, **fake_kwargs)
@@ -82,6 +84,22 @@ def can_run(function: str, *args: Any, **kwargs: Any) -> Refusal | None:
             if not refusals:
                 raise
     return refusals[0] if refusals else None
+
+
+class _Named(TorchDispatchMode):
+    """Asks whether the kernel that a convolution names serves it: fakes take any name."""
+
+    def __init__(self, refusals: list[Refusal]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.refusals = refusals
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ops.conv2d.default and isinstance(args[-1], str):
+            try:
+                plan_of(func, args, None)
+            except RuntimeError as error:
+                self.refusals.append(Refusal("conv2d", str(error).removeprefix("conv2d: ")))
+        return func(*args, **(kwargs or {}))
 
 
 def choose(function: str, *args: Any, **kwargs: Any) -> tuple[str, Refusal | None]:

@@ -57,7 +57,8 @@ def conv2d(
         padding: zeros on each side, in rows and columns; ``"valid"`` for none, ``"same"`` to keep the size at stride 1.
         dilation: distance between taps.
         groups: input and output channels are split into this many independent convolutions.
-        algo: name of a kernel (:func:`fastconv.explain` lists them); None chooses.
+        algo: name of a kernel (:func:`fastconv.explain` lists them); None chooses. ``"direct"`` is the plain reference
+            on CUDA, and on the CPU the best kernel that computes the sum above without transforming its operands.
 
     Returns:
         (N, K, P, Q), channels_last if input or weight is, with
@@ -86,7 +87,7 @@ def conv2d(
     count = _arguments.integer(groups)
     refusal = _arguments.conv2d_refusal(input, weight, bias, strides, paddings, dilations, count)
     if refusal is None:
-        refusal = _arguments.slow_on_cuda(input, weight, strides, paddings, dilations, count, algo)
+        refusal = _arguments.slow_on_cuda(input, weight, strides, dilations, count, algo)
     if refusal is not None or strides is None or dilations is None:
         return _by_torch(  # type: ignore[no-any-return]
             "conv2d", _torch_conv2d, refusal, input, weight, bias, stride, padding, dilation, groups
@@ -236,6 +237,8 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
             size = _adaptive_size(output_size, input.shape[-2:])
             if size is None or min(size) < 0:
                 refusal = f"output_size is {output_size!r}, expected one or two integers of at least 0, or None"
+            else:
+                refusal = _arguments.cuda_adaptive_refusal(input, size)
     if refusal is not None or size is None:
         return _by_torch(  # type: ignore[no-any-return]
             "adaptive_avg_pool2d", _torch_adaptive_avg_pool2d, refusal, input, output_size
@@ -279,8 +282,9 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
         return _by_torch(  # type: ignore[no-any-return]
             "local_response_norm", _torch_local_response_norm, refusal, input, size, alpha, beta, k
         )
-    if input.dim() >= 4 and input.element_size() == 2 and _autocast(input) is not None:
-        input = input.float()  # torch averages planes with avg_pool3d, which autocast runs in float32
+    if input.element_size() == 2 and (input.dim() >= 4 or input.is_cuda) and _autocast(input) is not None:
+        # torch's steps have one that autocast runs in float32: avg_pool3d of planes, and on CUDA pow.
+        input = input.float()
     if input.dim() == 4:
         return _norm.local_response_norm(input, width, float(alpha), float(beta), float(k))
     # Only the channels are looked across: any further dimensions are one plane.

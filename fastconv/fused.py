@@ -73,7 +73,7 @@ def fused_conv2d(
         input, weight = functional._lower(input, cast), functional._lower(weight, cast)
     refusal = _arguments.conv2d_refusal(input, weight, None, stride, padding, dilation, groups)
     if refusal is None:
-        refusal = _arguments.slow_on_cuda(input, weight, stride, padding, dilation, groups, None)
+        refusal = _arguments.slow_on_cuda(input, weight, stride, dilation, groups, None)
     if refusal is not None or functional._emits_aten():
         return _by_torch(refusal, input, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
     batched = input if input.dim() == 4 else input[None]

@@ -63,6 +63,7 @@ BAD_CONVOLUTIONS = [
     case("conv2d", r"larger than the padded input, 6 x 6", IMAGE, x(8, 4, 7, 3)),
     case("conv2d", r"larger than the padded input, 8 x 8", IMAGE, WEIGHT, padding=1, dilation=4),
     case("conv2d", r"larger than the padded input", x(1, 4, 0, 6), WEIGHT),
+    case("conv2d", r"no empty H or W", x(1, 4, 0, 6), WEIGHT, padding=2),
     # things that are no tensors
     case("conv2d", r"input is list, expected a Tensor", [[1.0]], WEIGHT),
     case("conv2d", r"weight is NoneType", IMAGE, None),
@@ -186,3 +187,15 @@ def test_raw_gradients_check_for_themselves():
         raw_conv2d.conv2d_weight_grad(x(2, 8, 4, 3), IMAGE, (3, 3), *ARGUMENTS)
     with pytest.raises(RuntimeError, match="expected values of at least 1"):
         raw_conv2d.conv2d_weight_grad(x(2, 8, 4, 4), IMAGE, (0, 3), *ARGUMENTS)
+
+
+@pytest.mark.parametrize("recording", [False, True], ids=["plain", "grad"])
+def test_out_of_memory_has_torchs_words(recording):
+    image = torch.zeros(1, 1, 4, 4, requires_grad=recording)
+    weight = torch.zeros(64, 1, 1, 1)
+    for call in (
+        lambda: functional.conv2d(image, weight, padding=1_000_000),
+        lambda: functional.adaptive_avg_pool2d(image, 4_000_000),
+    ):
+        with pytest.raises(RuntimeError, match="you tried to allocate [0-9]+ bytes|out of memory"):
+            call()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import fastconv
-from fastconv import _C, _arguments, backends
+from fastconv import _C, _arguments, _library, backends
 from fastconv.explain import explain as explain_function
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
@@ -238,6 +240,9 @@ def test_can_run_gives_functionals_own_reasons():
         assert backend == "torch"
         assert reason in refusal.reason
         assert str(refusal).startswith("conv2d: ")
+    assert backends.can_run("conv2d", x, weight, algo="tiled") is None
+    assert "there is no algo" in backends.can_run("conv2d", x, weight, algo="nonsense").reason
+    assert "groups == in_channels" in backends.can_run("conv2d", x, weight, algo="depthwise").reason
     with pytest.raises(ValueError, match="function is 'conv3d'"):
         backends.can_run("conv3d", x, weight)
 
@@ -248,10 +253,50 @@ def test_cudnn_keeps_the_convolutions_that_only_the_reference_serves():
 
     for channels, algo, left in ((8, None, True), (8, "direct", False), (3, None, False)):
         x, weight = torch.empty(1, channels, 6, 6), torch.empty(8, channels, 3, 3)
-        for image in (x, x[0]):
-            params = ((1, 1), (1,) * 4, (1, 1), 1, algo)
-            assert (_arguments.slow_on_cuda(image.as_subclass(OnCuda), weight, *params) is not None) == left
-            assert _arguments.slow_on_cuda(image, weight, *params) is None
+        params = ((1, 1), (1, 1), 1, algo)
+        assert (_arguments.slow_on_cuda(x.as_subclass(OnCuda), weight, *params) is not None) == left
+        assert _arguments.slow_on_cuda(x, weight, *params) is None
+
+
+def test_what_only_the_reference_serves_is_what_the_native_choice_says():
+    served = 0
+    for depth, groups, filters, rows, columns, stride, dilation, layout in itertools.product(
+        (1, 3, 4, 5), (1, 2, 16), (1, 2), (1, 3, 7, 11, 12), (3, 5, 7), ((1, 1), (2, 2), (1, 2), (4, 4), (5, 1)),
+        ((1, 1), (2, 1)), (False, True),
+    ):  # fmt: skip
+        weight = (filters * groups, depth, rows, columns)
+        plan = _C.plan_conv2d(
+            (2, depth * groups, 40, 40), weight, stride=stride, padding=(1,) * 4, dilation=dilation, groups=groups,
+            channels_last=layout, dtype="float32", pass_name="forward", device="cuda",
+        )  # fmt: skip
+        assert _arguments.only_direct_serves(weight, stride, dilation, groups) == (plan["algo"] == "direct")
+        served += plan["algo"] != "direct"
+    assert served > 100
+
+
+def test_the_question_who_serves_does_not_break_a_compiled_graph():
+    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
+    def call(x, weight, stride):
+        x = x + 1 if _arguments.only_direct_serves(weight.shape, (stride, stride), (1, 1), 1) else x - 1
+        return x.sum(), x.shape[0] * x.shape[2]
+
+    for channels, shift in ((8, 1), (3, -1), (9, 1)):
+        total, _ = call(torch.zeros(channels, 2, 5), torch.empty(4, channels, 3, 3), 2)
+        assert total == shift * channels * 10
+
+
+def test_a_gpu_or_a_driver_that_is_too_old_is_said_to_be(monkeypatch):
+    assert _library.driver_problem(0, 13000) is None  # no driver, no CUDA tensor
+    assert _library.driver_problem(13000, 13020) is None
+    assert "the driver serves CUDA 12.4" in _library.driver_problem(12040, 13000)
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major, reason in ((9, None), (8, None), (7, "compute capability 7.5")):
+        properties = SimpleNamespace(name="a GPU", major=major, minor=5)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        problem = _library.device_problem(device)
+        assert problem is None if reason is None else reason in problem
+    assert _library.device_problem(torch.device("cpu")) is None
 
 
 def test_backends_without_kernels_say_so():

@@ -263,6 +263,20 @@ def test_float64_goes_to_torch_and_is_counted():
     assert choose("conv2d", x.float(), weight.float()) == ("cuda", None)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: functional.adaptive_avg_pool2d(x.expand(1, 1, 50_000, 1), (50_000, 1)),
+        lambda x: functional.max_pool2d(x, 1, 2**30),
+        lambda x: functional.avg_pool2d(x, 1, 2**30),
+    ],
+)
+def test_pools_that_count_beyond_32_bits_go_to_torch(call):
+    fastconv.reset_stats()
+    call(torch.ones(1, 1, 1, 1, device=DEVICE))
+    assert [key.split("/")[0] for key in stats()] == ["torch"]
+
+
 @on_a_gpu
 def test_convolutions_that_only_the_reference_serves_are_left_to_cudnn():
     x, weight = torch.randn(1, 8, 6, 6).to(DEVICE), torch.randn(8, 8, 3, 3).to(DEVICE)

@@ -10,6 +10,7 @@ CallCounts<CudaKernel> counts;
 
 Tensor kernel_counts() { return counts.read(); }
 void reset_kernel_counts() { counts.reset(); }
+int64_t runtime_version() { return CUDART_VERSION; }
 
 }  // namespace
 
@@ -20,4 +21,5 @@ void count_call(CudaKernel kernel) { counts.add(kernel); }
 STABLE_TORCH_LIBRARY_IMPL(FASTCONV_CUDA_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_kernel_counts", TORCH_BOX(&fastconv::kernel_counts));
   m.impl("reset_cuda_kernel_counts", TORCH_BOX(&fastconv::reset_kernel_counts));
+  m.impl("cuda_runtime_version", TORCH_BOX(&fastconv::runtime_version));
 }
