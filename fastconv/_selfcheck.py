@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastconv import functional
+from fastconv._library import runs_cuda_kernels
 from fastconv.ops.conv2d_fused import conv2d_fused
 from fastconv.stats import stats
 
@@ -26,14 +27,15 @@ class Result:
     detail: str
 
 
-def run() -> Iterator[Result]:
-    """Checks forward and gradients of each operator, in both memory formats."""
+def run(device: str = "cpu") -> Iterator[Result]:
+    """Checks forward and gradients of each operator on ``device``, in both memory formats."""
     torch_functional = torch.nn.functional
+    convolutions = _CUDA_CONVOLUTIONS if runs_cuda_kernels(torch.empty(0, device=device)) else _CPU_CONVOLUTIONS
     for name, ours, theirs, shapes in (
-        ("conv2d tiled", _conv(functional.conv2d, 1, algo="tiled"), _conv(torch_functional.conv2d, 1), _DENSE),
-        ("conv2d naive", _conv(functional.conv2d, 1, algo="naive"), _conv(torch_functional.conv2d, 1), _DENSE),
-        ("conv2d grouped", _conv(functional.conv2d, 2), _conv(torch_functional.conv2d, 2), _GROUPED),
-        ("conv2d depthwise", _conv(functional.conv2d, 18), _conv(torch_functional.conv2d, 18), _DEPTHWISE),
+        *(
+            (f"conv2d {name}", _conv(functional.conv2d, groups, algo=algo), _conv(torch_functional.conv2d, groups), at)
+            for name, groups, algo, at in convolutions
+        ),
         ("conv2d_fused", _fused, _fused_by_torch, _FUSED),
         ("max_pool2d", _window(functional.max_pool2d), _window(torch_functional.max_pool2d), _PLANES),
         ("avg_pool2d", _window(functional.avg_pool2d), _window(torch_functional.avg_pool2d), _PLANES),
@@ -42,19 +44,36 @@ def run() -> Iterator[Result]:
         ("local_response_norm", _norm(functional), _norm(torch_functional), _PLANES),
     ):
         for layout in _FORMATS:
-            yield _check(f"{name} {layout}", ours, theirs, shapes, layout)
+            yield _check(f"{name} {layout}", ours, theirs, shapes, layout, device)
 
 
 _DENSE = ((2, 19, 9, 11), (21, 19, 3, 3), (21,))
 _GROUPED = ((2, 18, 9, 11), (22, 9, 3, 3), (22,))
 _DEPTHWISE = ((2, 18, 9, 11), (36, 1, 3, 3), (36,))
+_STEM = ((2, 3, 9, 11), (21, 3, 3, 3), (21,))
+_PER_CHANNEL = ((2, 18, 9, 11), (18, 1, 3, 3), (18,))
 _PLANES = ((2, 19, 9, 11),)
 _FUSED = ((2, 19, 9, 11), (21, 19, 3, 3), (21,), (21,), (2, 21, 9, 11))
+_Convolutions = tuple[tuple[str, int, str | None, Any], ...]  # name, groups, algo, shapes
+_CPU_CONVOLUTIONS: _Convolutions = (
+    ("tiled", 1, "tiled", _DENSE),
+    ("naive", 1, "naive", _DENSE),
+    ("grouped", 2, None, _GROUPED),
+    ("depthwise", 18, None, _DEPTHWISE),
+)
+_CUDA_CONVOLUTIONS: _Convolutions = (
+    ("direct", 1, "direct", _DENSE),
+    ("grouped", 2, "direct", _GROUPED),
+    ("stem", 1, "stem", _STEM),
+    ("depthwise", 18, "depthwise", _PER_CHANNEL),
+)
 
 
-def _check(name: str, ours: Callable[..., Tensor], theirs: Callable[..., Tensor], shapes: Any, layout: str) -> Result:
+def _check(
+    name: str, ours: Callable[..., Tensor], theirs: Callable[..., Tensor], shapes: Any, layout: str, device: str
+) -> Result:
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    values = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
     before = stats()
     try:
         found = _with_gradients(ours, [_laid_out(x, layout) for x in values])
@@ -87,7 +106,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _conv(function: Any, groups: int, **options: Any) -> Callable[..., Tensor]:
-    return lambda x, w, b: function(x, w, b, stride=(2, 1), padding=1, groups=groups, **options)
+    return lambda x, w, b: function(x, w, b, stride=2, padding=1, groups=groups, **options)
 
 
 def _fused(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:

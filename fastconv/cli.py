@@ -13,7 +13,8 @@ import torch
 
 import fastconv
 from fastconv import _C, _selfcheck
-from fastconv._library import find_library, library_path
+from fastconv._library import EMULATED, find_library, library_path
+from fastconv._plans import kernel_key
 from fastconv.backends import BACKENDS, unavailable
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,13 +51,16 @@ def doctor() -> int:
     for name in BACKENDS:
         _line(f"backend {name}", unavailable(name) or "has kernels")
     _section("kernels")
-    for op, algos in _kernels_by_op().items():
-        _line(op, ", ".join(algos))
-    _section("self-check, against float64")
+    devices = ["cpu"] if EMULATED or unavailable("cuda") else ["cpu", "cuda"]
+    for device in devices:
+        for op, algos in _kernels_by_op("cuda" if EMULATED else device).items():
+            _line(kernel_key("cuda" if EMULATED else device, op), ", ".join(algos))
     failures = 0
-    for result in _selfcheck.run():
-        failures += not result.passed
-        _line(result.name, f"{'ok' if result.passed else 'FAILED'}  {result.detail}")
+    for device in devices:
+        _section(f"self-check{', CUDA kernels emulated,' if EMULATED else f' on {device}'} against float64")
+        for result in _selfcheck.run(device):
+            failures += not result.passed
+            _line(result.name, f"{'ok' if result.passed else 'FAILED'}  {result.detail}")
     print(f"\n{failures} of the checks failed" if failures else "\nall is well")
     return 1 if failures else 0
 
@@ -177,9 +181,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _kernels_by_op() -> dict[str, list[str]]:
+def _kernels_by_op(device: str) -> dict[str, list[str]]:
     kernels: dict[str, list[str]] = {}
-    for name in _C.kernel_names():
+    for name in _C.kernel_names(device):
         op, algo = name.split("/")
         kernels.setdefault(op, []).append(algo)
     return kernels

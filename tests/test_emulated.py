@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,14 @@ def test_on_emulated_kernels(file):
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
+
+
+def test_the_doctor_checks_the_emulated_kernels():
+    command = [sys.executable, "-m", "fastconv", "doctor"]
+    result = subprocess.run(command, env=environment(emulator.build_ops()), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"emulated/conv2d +direct, stem", result.stdout)
+    assert re.search(r"conv2d stem channels_last +ok .*emulated/conv2d/stem", result.stdout)
 
 
 def test_without_the_library_the_error_names_the_remedy(tmp_path):

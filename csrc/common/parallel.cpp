@@ -5,8 +5,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <exception>
-#include <new>
 #include <stdexcept>
+#include <string>
 
 namespace fastconv {
 
@@ -49,7 +49,8 @@ int64_t thread_count() {
 Scratch::Scratch(int64_t bytes) : data_(nullptr) {
   if (bytes <= 0) return;
   data_ = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
-  if (data_ == nullptr) throw std::bad_alloc();
+  if (data_ == nullptr)
+    throw std::runtime_error("fastconv: out of memory: " + std::to_string(bytes) + " bytes of scratch");
 }
 
 Scratch::~Scratch() { std::free(data_); }

@@ -20,7 +20,7 @@ FASTCONV_INLINE void parallel_for(int64_t begin, int64_t end, int64_t grain, con
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-/// Scratch memory, 64-byte aligned, freed at the end of the scope. Throws std::bad_alloc.
+/// Scratch memory, 64-byte aligned, freed at the end of the scope. Throws std::runtime_error.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);

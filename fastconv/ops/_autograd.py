@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,7 +31,26 @@ def tracing() -> bool:
 def call_raw(op: Any, *args: Any) -> Any:
     """Runs ``op`` below its Python autograd registration, which would cost more than a small convolution."""
     with _BelowAutograd():
-        return op(*args)
+        try:
+            return op(*args)
+        except RuntimeError as error:
+            if "API call failed" not in str(error):
+                raise
+            _raise_as_torch(op, args, error)
+
+
+def _raise_as_torch(op: Any, args: tuple[Any, ...], error: RuntimeError) -> NoReturn:
+    """The native side has lost the words and the type of an error of torch's: of memory, mostly, which torch is asked
+    for once more."""
+    fakes = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args)
+    device = next(value.device for value in args if isinstance(value, Tensor))
+    try:
+        torch.utils._pytree.tree_map(lambda result: torch.empty_like(result, device=device), op(*fakes))
+    except RuntimeError as torchs:
+        raise torchs from None
+    if device.type == "cuda" and "empty" in str(error):
+        raise torch.OutOfMemoryError(f"{op.name()}: CUDA out of memory for a workspace; {error}") from None
+    raise error
 
 
 def suggested_format(*tensors: Tensor) -> torch.memory_format:
