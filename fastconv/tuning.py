@@ -28,7 +28,7 @@ from fastconv.ops._autograd import call_raw, suggested_format
 
 __all__ = ["clear", "load", "save", "winners"]
 
-_RUNS = 3  # of which the fastest counts, after one that is not timed
+_RUNS = 3  # of which the fastest counts, after two that do not
 _HOPELESS = 10  # a kernel this many times slower than the best is not timed again
 
 _winners: dict[str, str] = {}
@@ -50,7 +50,7 @@ def clear() -> None:
 def save(path: str | os.PathLike[str]) -> None:
     """Writes the winners to a JSON file, whole or not at all."""
     target = Path(path)
-    fresh = target.with_name(f"{target.name}.{os.getpid()}")
+    fresh = target.with_name(f"{target.name}.{os.getpid()}.{threading.get_ident()}")
     fresh.write_text(json.dumps({"fastconv winners": winners()}, indent=1, sort_keys=True) + "\n")
     fresh.replace(target)
 
@@ -113,7 +113,9 @@ def _fastest(algos: list[str], run: Callable[[str], Any], tensor: Tensor) -> str
         return algos[0]
     best: dict[str, float] = {}
     for algo in algos:
-        # The first run loads the kernel and fills the caches; where it is far behind, one is enough.
+        run(algo)  # loads the kernel
+    for algo in algos:
+        # The first run fills the caches; where it is far behind, one is enough.
         first = _seconds(lambda algo=algo: run(algo), tensor)  # type: ignore[misc]
         if best and first > _HOPELESS * min(best.values()):
             continue
@@ -139,7 +141,10 @@ def _can_be_timed(tensor: Tensor) -> bool:
     """False for tensors without data, under a mode that watches calls, and while a CUDA graph is captured."""
     if isinstance(tensor, FakeTensor) or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    if not tensor.is_cuda:
+        return True
+    with torch.cuda.device(tensor.device):
+        return not torch.cuda.is_current_stream_capturing()
 
 
 def _key(op: Any, args: tuple[Any, ...]) -> str:
@@ -150,5 +155,5 @@ def _key(op: Any, args: tuple[Any, ...]) -> str:
     for argument, value in zip(op._schema.arguments, args, strict=False):
         if argument.name != "algo":
             shown = tuple(value.shape) if isinstance(value, Tensor) else value
-            words.append(f"{argument.name} {json.dumps(shown)}")
+            words.append(f"{argument.name} {json.dumps(shown, default=str)}")
     return "; ".join(words)
