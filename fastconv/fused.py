@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from fastconv import _arguments, _eager, functional
 from fastconv._library import torch_calls
+from fastconv._reuse import Memory
 from fastconv.layers import Conv2d
 from fastconv.ops import conv2d_fused as _conv2d_fused
 from fastconv.ops.conv2d import output_size, per_channel
@@ -59,13 +60,29 @@ def fused_conv2d(
         ValueError: for another activation.
         RuntimeError, TypeError: as :func:`torch.nn.functional.conv2d` does.
     """
+    return _fused_conv2d(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation, None)
+
+
+def _fused_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str,
+    memory: Memory | None,
+) -> Tensor:
     operands = (input, weight, scale, shift, residual)
     if has_torch_function_variadic(*operands):
         params = (stride, padding, dilation, groups, activation)
         result: Tensor = handle_torch_function(fused_conv2d, operands, *operands, *params)
         return result
     code = _conv2d_fused.activation_code(activation)
-    quick = _eager.conv2d_fused(*operands, stride, padding, dilation, groups, code)
+    quick = _eager.conv2d_fused(*operands, stride, padding, dilation, groups, code, memory)
     if quick is not None:
         return quick
     cast = functional._autocast(input)
@@ -309,6 +326,7 @@ class FusedConv2d(nn.Module):
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.padding_mode, self.activation = padding_mode, activation
+        self.memory: Memory | None = None  # for results; shared by the layers of a model
         self.eval()
 
     @classmethod
@@ -332,7 +350,8 @@ class FusedConv2d(nn.Module):
         if self.padding_mode != "zeros":
             input, padding = _pad(input, padding, self.padding_mode), (0, 0, 0, 0)
         geometry = (self.stride, padding, self.dilation, self.groups)
-        return fused_conv2d(input, self.weight, None, self.bias, residual, *geometry, self.activation)
+        memory = self.__dict__.get("memory")  # a model that was saved by an earlier version has none
+        return _fused_conv2d(input, self.weight, None, self.bias, residual, *geometry, self.activation, memory)
 
     def extra_repr(self) -> str:
         filters, depth, *kernel = self.weight.shape
