@@ -38,6 +38,9 @@ def fuse(model: nn.Module) -> nn.Module:
     ``forward``; inside it the children are fused one by one, an ``nn.Sequential`` as a run of layers that is taken to
     be called as a whole.
 
+    Results of 4 MiB and more, of calls without gradients on the CPU, take memory that the model keeps and uses again
+    once nobody holds the result.
+
     Args:
         model: a module in eval mode; it is not changed.
 
