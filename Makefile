@@ -46,7 +46,7 @@ demo: $(STAMP)/build $(STAMP)/data  ## train LeNet-5 on real digits with fastcon
 test: $(STAMP)/build $(STAMP)/data  ## the whole test suite, `make emulate` included
 	PYTHONPATH=tests $(RUN) -m pytest -n 2 $(if $(PYTEST_ARGS),,-p emulator_report) $(PYTEST_ARGS)
 
-bench: $(STAMP)/build  ## the lecture's layers against torch, as ratios
+bench: $(STAMP)/build $(STAMP)/peers  ## the lecture's layers and networks against torch and its rivals, as ratios
 	$(RUN) -m pytest benchmarks --benchmark-only $(BENCH_ARGS) $(PYTEST_ARGS)
 
 # MAX_JOBS compilers at once. The Python tests compile the kernels and the emulator themselves, into build/emulator.
@@ -124,8 +124,14 @@ $(STAMP)/venv: pyproject.toml | $(STAMP)/machine
 	@echo "compiling the kernels"
 	@$(BUILD)
 	@echo "installing fastconv and what its tests, benchmarks and checks need"
-	@$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench,demo,lint]"
+	@$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,demo,lint]"
 	@touch $@
+
+# Only to compare with, and large: where they cannot be had, the tables say "not installed".
+$(STAMP)/peers: $(STAMP)/venv
+	@echo "installing what fastconv is compared with"
+	@if $(RUN) -m pip install --quiet --no-build-isolation --editable ".[bench]"; then touch $@; \
+	else echo "measuring without onnxruntime and openvino"; fi
 
 # The machine's own, or NVIDIA's packages from PyPI.
 $(STAMP)/nvcc: $(STAMP)/venv

@@ -2,7 +2,7 @@
 
 pytest benchmarks --benchmark-only                                every layer
     ... --quick                                                   a few layers of each family, under two minutes
-    ... --save-table benchmarks/results/cpu.md                    also a table of ratios, and the same as JSON
+    ... --save-table benchmarks/results/cpu.md                    also tables, the same as JSON, a picture
     ... -k "forward and nchw and b1"                              a part
 """
 
@@ -15,17 +15,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import layers, measure, report
-from benchmarks.report import Case, Row
+from benchmarks import goals, layers, measure, network_report, peers, picture, report
+from benchmarks.network_report import MemoryRow, NetworkRow
+from benchmarks.report import Case, Row, Table
 from fastconv import _C, backends
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FULL_SECONDS, QUICK_SECONDS = 0.4, 0.05  # for each case
 QUICK_LAYERS = {1: 2, 8: 1}  # of each family, by batch size
 QUICK_FLOPS = 3e9  # no single call above this in the quick run
+CONTEST_SECONDS, QUICK_CONTEST_SECONDS = 6, 2  # for each network
+CONTEST_ROUNDS = 5
 
 Measure = Callable[..., Row]
+Contest = Callable[..., dict[str, list[float]]]
 ROWS = pytest.StashKey[list[Row]]()
+NETWORKS = pytest.StashKey[list["NetworkRow | MemoryRow"]]()
+CEILINGS = pytest.StashKey[measure.Ceilings]()
 NOTES = pytest.StashKey[list[str]]()
 LOAD = pytest.StashKey[float]()  # of other processes, when the run began
 BUSY = 0.7
@@ -40,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS], config.stash[NOTES] = [], []
+    config.stash[ROWS], config.stash[NETWORKS], config.stash[NOTES] = [], [], []
     config.stash[LOAD] = measure.other_load(own_threads=0)
     try:
         device = torch.device(config.getoption("--device"))
@@ -90,11 +96,18 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def ceilings(request: pytest.FixtureRequest, device: torch.device, dtype: torch.dtype) -> measure.Ceilings:
     quick = request.config.getoption("--quick")
     found = measure.measure_ceilings(device, dtype, 0.5 if quick else 3)
+    request.config.stash[CEILINGS] = found
     knee = found.flops_per_second / found.bytes_per_second
     request.config.stash[NOTES].append(
         "Roofline ceilings are proxies measured in the same run: the best of torch.mm and 3x3 convolutions for FLOPs, "
         f"copy_ for bytes ({knee:.0f} FLOPs per byte where they meet); data that stay in a cache can pass 100 %"
     )
+    if found.fma_per_second is not None:
+        share = found.flops_per_second / found.fma_per_second
+        request.config.stash[NOTES].append(
+            "The FMA peak is that of a loop in registers, on all threads; the best of those products and convolutions "
+            f"reaches {share:.0%} of it"
+        )
     return found
 
 
@@ -137,6 +150,44 @@ def measured(
     return run
 
 
+@pytest.fixture
+def contest(request: pytest.FixtureRequest, benchmark: Any) -> Contest:
+    """contest(calls, allowed): checks that all agree with the first, then times each in every round.
+
+    ``allowed`` is the largest difference as a share of the first result's RMS.
+    """
+    quick = request.config.getoption("--quick")
+
+    def run(calls: dict[str, measure.Call], allowed: float) -> dict[str, list[float]]:
+        results = {name: call().double() for name, call in calls.items()}
+        reference = next(iter(results.values()))
+        for name, result in results.items():
+            error = (result - reference).abs().max() / reference.square().mean().sqrt()
+            if not error <= allowed:  # also where it is NaN
+                raise AssertionError(
+                    f"{name} is {error:.2g} of the result's RMS off {next(iter(calls))}, allowed: {allowed}"
+                )
+        seconds = QUICK_CONTEST_SECONDS if quick else CONTEST_SECONDS
+        return measure.take_rounds(benchmark, calls, seconds, CONTEST_ROUNDS)
+
+    return run
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[NetworkRow | MemoryRow], None]:
+    """Keeps a result of a whole network for the tables."""
+    return request.config.stash[NETWORKS].append
+
+
+def tables(config: pytest.Config) -> list[Table]:
+    """Of goals and whole networks."""
+    found = config.stash[NETWORKS]
+    whole = [row for row in found if isinstance(row, NetworkRow)]
+    memory = [row for row in found if isinstance(row, MemoryRow)]
+    aims = goals.table(config.stash[ROWS], whole, memory, config.stash.get(CEILINGS, None))
+    return [*([aims] if aims[2] else []), *network_report.tables(whole, memory)]
+
+
 def facts(config: pytest.Config) -> dict[str, str]:
     device = torch.device(config.getoption("--device"))
     return {
@@ -154,8 +205,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows, notes = config.stash[ROWS], config.stash[NOTES]
-    if not rows:
+    rows, networks, notes = config.stash[ROWS], config.stash[NETWORKS], config.stash[NOTES]
+    if not rows and not networks:
         return
     load = max(config.stash[LOAD], measure.other_load(torch.get_num_threads()))
     if load > BUSY:
@@ -164,19 +215,31 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             "often, so these ratios say little: measure again on a quiet machine"
         )
     write = terminalreporter.write_line
-    terminalreporter.section("fastconv against torch: our time / torch's time")
-    for line in report.plain_table(report.HEADINGS, [report.layer_cells(row) for row in rows]):
-        write(line)
-    for title, headings, cells in report.summary_tables(rows):
-        write("")
-        write(f"Geometric means, {title}")
+    terminalreporter.section("fastconv against torch")
+    sections = tables(config)
+    if rows:
+        every = ("Every layer, our time / torch's time", report.HEADINGS, [report.layer_cells(row) for row in rows])
+        means = [(f"Geometric means, {title}", *table) for title, *table in report.summary_tables(rows)]
+        sections = [every, *means, *sections]
+    for title, headings, cells in sections:
+        write(title)
         for line in report.plain_table(headings, cells):
             write(line)
-    write("")
+        write("")
     for note in notes:
         write(note + ".")
-    write(report.totals(rows))
+    if rows:
+        write(report.totals(rows))
     path = config.getoption("--save-table")
     if path:
-        report.save(Path(path), facts(config), rows, notes)
+        _save(config, Path(path))
         write(f"saved {path}")
+
+
+def _save(config: pytest.Config, path: Path) -> None:
+    rows, networks, found = config.stash[ROWS], config.stash[NETWORKS], facts(config)
+    if networks:
+        found |= peers.versions()
+    drawn = picture.draw(path.with_suffix(".png"), found["device"], rows, config.stash.get(CEILINGS, None))
+    more = {"networks": [row.as_json() for row in networks]} if networks else {}
+    report.save(path, found, rows, config.stash[NOTES], tables(config), more, drawn)

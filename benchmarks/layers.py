@@ -15,6 +15,17 @@ from typing import TypeVar
 CONV_FAMILIES = ("stem", "3x3", "3x3 stride 2", "5x5", "1x1", "1x1 stride 2", "grouped", "depthwise")
 POOL_FAMILIES = ("max", "avg", "global avg")
 STEM_CHANNELS = 4  # an input of so few channels is an image
+VGG_FILTERS = (64, 128, 256, 512, 512)
+# Expansion, output channels, blocks, stride of the first block.
+MOBILENET_V2_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ def alexnet(halves: int = 1) -> list[Layer]:
 
 def vgg(convolutions: Sequence[int]) -> list[Layer]:
     walk = Walk(3, 224)
-    for filters, count in zip((64, 128, 256, 512, 512), convolutions, strict=True):
+    for filters, count in zip(VGG_FILTERS, convolutions, strict=True):
         for _ in range(count):
             walk.conv(filters, 3, padding=1)
         walk.pool("max", 2, 2)
@@ -178,15 +189,7 @@ def resnet(blocks: Sequence[int], *, bottleneck: bool) -> list[Layer]:
 def mobilenet_v2() -> list[Layer]:
     walk = Walk(3, 224)
     walk.conv(32, 3, stride=2, padding=1)
-    for expansion, filters, count, first_stride in (
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    ):
+    for expansion, filters, count, first_stride in MOBILENET_V2_STAGES:
         for block in range(count):
             hidden = walk.channels * expansion
             if expansion > 1:

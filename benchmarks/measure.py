@@ -14,12 +14,15 @@ from typing import Any, Protocol
 import torch
 
 import fastconv
+from benchmarks import fma_peak
 from benchmarks.report import Case, Row
 from fastconv.ops.conv2d import conv2d
 
 Call = Callable[[], Any]
 MIN_ROUNDS, MAX_ROUNDS = 5, 500
 PILOT_ROUNDS = 3
+PAUSE_SECONDS = 0.02
+LONG_SECONDS = 0.3  # beside a call that takes as long, what spinning threads and cold caches cost is nothing
 
 
 class Clock(Protocol):
@@ -129,6 +132,40 @@ def take_turns(
     return turns
 
 
+def take_rounds(
+    benchmark: Any, calls: dict[str, Call], budget_seconds: float, min_rounds: int
+) -> dict[str, list[float]]:
+    """Times of several calls on the CPU, each in turn in every round; pytest-benchmark times the last one.
+
+    Every call is the second of two, after a pause: thread pools of other runtimes go on spinning for a while after
+    their work, on the cores that the next one needs, and leave it cold caches.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    clock = CpuClock()
+
+    def turn(name: str) -> None:
+        time.sleep(PAUSE_SECONDS)
+        warm = clock.seconds(calls[name])
+        long = warm > LONG_SECONDS
+        times[name].append(warm if long else clock.seconds(calls[name]))
+
+    def others() -> None:
+        for name in names[:-1]:
+            turn(name)
+
+    names = list(calls)
+    start = time.perf_counter()
+    for name in names:
+        calls[name]()
+        turn(name)
+        times[name].clear()
+    # Each was called two or three times.
+    round_seconds = (time.perf_counter() - start) * 2 / 3
+    rounds = int(min(MAX_ROUNDS, max(min_rounds, budget_seconds / round_seconds)))
+    benchmark.pedantic(lambda: turn(names[-1]), setup=others, rounds=rounds, iterations=1)
+    return times
+
+
 def kernel_of(call: Call) -> str:
     """Runs the call and says which of our kernels it took."""
     call()  # the first call of a problem may time kernels that will not serve it
@@ -140,10 +177,14 @@ def kernel_of(call: Call) -> str:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the roofline is made of, by proxies: the best rate of some products and convolutions, and ``copy_``'s."""
+    """What the roofline is made of, by proxies: the best rate of some products and convolutions, and ``copy_``'s.
+
+    ``fma_per_second`` are the FLOPs of a loop of multiply-adds in registers, or None where there is no such loop.
+    """
 
     flops_per_second: float
     bytes_per_second: float
+    fma_per_second: float | None = None
 
     def floor_seconds(self, flops: int, moved_bytes: int) -> float:
         return max(flops / self.flops_per_second, moved_bytes / self.bytes_per_second)
@@ -196,6 +237,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds_each: flo
     return Ceilings(
         max(flops / _best(clock, call, seconds_each / len(calls)) for flops, call in calls),
         2 * source.numel() * source.element_size() / _best(clock, lambda: target.copy_(source), seconds_each),
+        None if cuda else fma_peak.flops_per_second(torch.get_num_threads(), left.element_size(), seconds_each),
     )
 
 

@@ -17,6 +17,8 @@ DIRECTIONS = ("forward", "input_grad", "weight_grad")
 WHOLE_STEP = "step"  # forward and backward
 LAYOUTS = ("nchw", "nhwc")
 
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, headings, cells
+
 
 @dataclass(frozen=True)
 class Case:
@@ -120,7 +122,7 @@ def layer_cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def summary_tables(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+def summary_tables(rows: Sequence[Row]) -> list[Table]:
     """For each batch size (title, headings, cells): geometric means by family over pass and layout, and in total."""
     tables = []
     directions = [d for d in (*DIRECTIONS, WHOLE_STEP) if any(row.case.direction == d for row in rows)]
@@ -173,15 +175,28 @@ def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> l
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def save(path: Path, facts: dict[str, str], rows: Sequence[Row], notes: Sequence[str]) -> None:
-    """A table at ``path`` and the same rows as JSON beside it."""
+def save(
+    path: Path,
+    facts: dict[str, str],
+    rows: Sequence[Row],
+    notes: Sequence[str],
+    first: Sequence[Table] = (),
+    more: dict[str, Any] | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Tables at ``path``, ``first`` above those of the rows; rows and ``more`` as JSON beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {facts['device']}", "", ", ".join(f"{name} {value}" for name, value in facts.items()) + ".", ""]
-    lines += [f"Ratios are our time over torch's, both measured in turns in one process. {totals(rows)}.", ""]
     lines += [*(f"{note}." for note in notes), ""] if notes else []
-    for title, headings, cells in summary_tables(rows):
-        lines += [f"## Geometric means, {title}", "", *markdown_table(headings, cells), ""]
-    lines += ["## Every layer", "", *markdown_table(HEADINGS, [layer_cells(row) for row in rows]), ""]
+    for title, headings, cells in first:
+        lines += [f"## {title}", "", *markdown_table(headings, cells), ""]
+    if picture is not None:
+        lines += [f"![Ratios of every layer, and rooflines]({picture.name})", ""]
+    if rows:
+        lines += [f"Ratios below are our time over torch's, both measured in turns in one process. {totals(rows)}.", ""]
+        for title, headings, cells in summary_tables(rows):
+            lines += [f"## Geometric means, {title}", "", *markdown_table(headings, cells), ""]
+        lines += ["## Every layer", "", *markdown_table(HEADINGS, [layer_cells(row) for row in rows]), ""]
     path.write_text("\n".join(lines))
-    document = {**facts, "notes": list(notes), "rows": [row.as_json() for row in rows]}
+    document = {**facts, "notes": list(notes), **(more or {}), "rows": [row.as_json() for row in rows]}
     path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")

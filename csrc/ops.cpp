@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
       "conv2d_fused.eager(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
       "geometry, "
       "int groups, int activation) -> Tensor");
+  // Into memory that is there already: output is of the result's shape, and dense in its layout.
+  m.def(
+      "conv2d_fused.eager_into(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
+      "geometry, int groups, int activation, Tensor(a!) output) -> Tensor(a!)");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, "
       "int[2] dilation, int groups, str? algo) -> Tensor");

@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from fastconv import _arguments, _eager, functional
 from fastconv._library import torch_calls
+from fastconv._reuse import Memory
 from fastconv.layers import Conv2d
 from fastconv.ops import conv2d_fused as _conv2d_fused
 from fastconv.ops.conv2d import output_size, per_channel
@@ -24,6 +25,8 @@ _ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
 }
 _ACTIVATION_FUNCTIONS: dict[str, Any] = {"relu": torch.relu, "relu6": nn.functional.relu6, "tanh": torch.tanh}
 _ACTIVATION_NAMES = {layer: name for name, layer in _ACTIVATION_LAYERS.items()}
+_Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+_Geometry = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -59,13 +62,18 @@ def fused_conv2d(
         ValueError: for another activation.
         RuntimeError, TypeError: as :func:`torch.nn.functional.conv2d` does.
     """
-    operands = (input, weight, scale, shift, residual)
+    operands, geometry = (input, weight, scale, shift, residual), (stride, padding, dilation, groups)
+    return _fused_conv2d(operands, geometry, activation, None)
+
+
+def _fused_conv2d(operands: _Operands, geometry: _Geometry, activation: str, memory: Memory | None) -> Tensor:
     if has_torch_function_variadic(*operands):
-        params = (stride, padding, dilation, groups, activation)
-        result: Tensor = handle_torch_function(fused_conv2d, operands, *operands, *params)
+        result: Tensor = handle_torch_function(fused_conv2d, operands, *operands, *geometry, activation)
         return result
+    input, weight, scale, shift, residual = operands
+    stride, padding, dilation, groups = geometry
     code = _conv2d_fused.activation_code(activation)
-    quick = _eager.conv2d_fused(*operands, stride, padding, dilation, groups, code)
+    quick = _eager.conv2d_fused(*operands, stride, padding, dilation, groups, code, memory)
     if quick is not None:
         return quick
     cast = functional._autocast(input)
@@ -309,6 +317,7 @@ class FusedConv2d(nn.Module):
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.padding_mode, self.activation = padding_mode, activation
+        self.memory: Memory | None = None  # for results; shared by the layers of a model
         self.eval()
 
     @classmethod
@@ -332,7 +341,8 @@ class FusedConv2d(nn.Module):
         if self.padding_mode != "zeros":
             input, padding = _pad(input, padding, self.padding_mode), (0, 0, 0, 0)
         geometry = (self.stride, padding, self.dilation, self.groups)
-        return fused_conv2d(input, self.weight, None, self.bias, residual, *geometry, self.activation)
+        memory = getattr(self, "memory", None)  # a model that was saved by an earlier version has none
+        return _fused_conv2d((input, self.weight, None, self.bias, residual), geometry, self.activation, memory)
 
     def extra_repr(self) -> str:
         filters, depth, *kernel = self.weight.shape

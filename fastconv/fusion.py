@@ -16,6 +16,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from fastconv._graph_fusion import IN_PLACE_OPERATORS, fuse_graph, layer_of
 from fastconv._module_copy import copy_structure, layer_type, opaque_reason, own_tensors
 from fastconv._report import ConversionReport, Entry, attach
+from fastconv._reuse import Memory
 from fastconv.convert import TO_FASTCONV, exchange_layer, named_layers, require_model
 from fastconv.fused import BATCH_NORMS, ConvBNReLU2d, FusedConv2d, activation_name, has_hooks
 from fastconv.layers import Conv2d
@@ -36,6 +37,9 @@ def fuse(model: nn.Module) -> nn.Module:
     a ``torch.fx.GraphModule``. A part that cannot be traced (it branches on values, or draws random numbers) keeps its
     ``forward``; inside it the children are fused one by one, an ``nn.Sequential`` as a run of layers that is taken to
     be called as a whole.
+
+    Results of 4 MiB and more, of calls without gradients on the CPU, take memory that the model keeps and uses again
+    once nobody holds the result.
 
     Args:
         model: a module in eval mode; it is not changed.
@@ -59,6 +63,10 @@ def fuse(model: nn.Module) -> nn.Module:
     result = _Fuser(report).fuse(root, "")
     for name, module in named_layers(result):
         exchange_layer(report, TO_FASTCONV, name, module, module)
+    memory = Memory()
+    for module in result.modules():
+        if isinstance(module, FusedConv2d):
+            module.memory = memory
     attach(result, report)
     if isinstance(result, fx.GraphModule):
         result.meta[_USER_PRESERVED_ATTRIBUTES_KEY]["fastconv_report"] = report

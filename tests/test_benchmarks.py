@@ -18,8 +18,9 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import layers, measure, report  # noqa: E402
+from benchmarks import fma_peak, goals, layers, measure, network_report, networks, peers, picture, report  # noqa: E402
 from benchmarks.layers import NETWORKS, Conv, Pool, distinct  # noqa: E402
+from benchmarks.network_report import CONVERTED, EVAL, FUSED, MemoryRow, NetworkRow  # noqa: E402
 
 
 def conv_flops(network):
@@ -149,6 +150,130 @@ def test_summary_has_geometric_means():
     assert "forward nhwc" not in headings
     assert "geometric mean 2.00" in report.totals(rows)
     assert "3.50" in report.totals(rows)
+
+
+def convolution_row(layer, ratio, seconds=1e-3, layout="nchw", direction="forward", batch=1):
+    case = report.Case("conv2d", layer.family, str(layer), direction, layout, batch, layer.flops(batch), 1000)
+    return report.Row(case, "tiled", ratio, ratio, ratio, 0.5, 0.5, seconds, seconds / ratio, 5)
+
+
+def goal_lines(rows=(), whole=(), memory=(), ceilings=None):
+    _, headings, cells = goals.table(rows, whole, memory, ceilings)
+    return {line[0]: dict(zip(headings, line, strict=True)) for line in cells}
+
+
+def test_goals_are_told_met_or_missed():
+    small = next(layer for layer in distinct(Conv) if layer.family == "1x1" and layer.channels < goals.PEAK_CHANNELS)
+    wide = next(layer for layer in distinct(Conv) if layer.family == "3x3" and layer.channels >= goals.PEAK_CHANNELS)
+    lines = goal_lines([convolution_row(small, 0.25), convolution_row(wide, 1.25)])
+    line = lines["convolutions, batch 1, NCHW"]
+    assert (line["of"], line["geometric mean"], line["lowest"], line["at"]) == ("2", "1.79", "0.80", str(wide))
+    assert line["verdict"] == "missed"
+    assert goal_lines([convolution_row(wide, 0.3)])["convolutions, batch 1, NCHW"]["verdict"] == "met"
+    assert set(lines) == {"convolutions, batch 1, NCHW"}  # what was not measured has no line
+    ceilings = measure.Ceilings(1e12, 1e10, fma_per_second=wide.flops() / 1e-3 * 2)
+    lines = goal_lines([convolution_row(small, 0.25), convolution_row(wide, 1.25)], ceilings=ceilings)
+    (peak,) = (line for what, line in lines.items() if what.startswith("share of the FMA peak"))
+    assert (peak["of"], peak["lowest"], peak["verdict"]) == ("1", "0.50", "missed")
+
+
+def test_forward_and_backward_is_the_sum_of_three_passes():
+    layer = distinct(Conv).copy().popitem()[0]
+    rows = [
+        convolution_row(layer, ratio, seconds, direction=direction, batch=8)
+        for direction, ratio, seconds in zip(report.DIRECTIONS, (0.5, 0.5, 2), (1, 1, 4), strict=True)
+    ]
+    assert goal_lines(rows)["forward and backward, batch 8, NCHW"]["lowest"] == "1.00"
+    assert goal_lines(rows[:2]) == {}
+
+
+def network_row(**times):
+    missing = {name: "not installed" for name in peers.COMPILERS if name not in times}
+    return NetworkRow("ResNet-18", EVAL, 16, {name: [1.0, value, 9.0] for name, value in times.items()}, missing)
+
+
+def test_networks_are_compared_with_the_best_peer():
+    row = network_row(**{peers.EAGER: 6.0, "openvino": 3.0, "onnxruntime": 2.5, CONVERTED: 4.0, FUSED: 2.0})
+    assert row.best_peer == "onnxruntime"
+    assert row.fused_ratio == 1.25
+    assert row.ratio(peers.EAGER, CONVERTED) == 1.5
+    lines = goal_lines(whole=[row], memory=[MemoryRow("AlexNet", 16, {"torch": 100, CONVERTED: 110, FUSED: 50})])
+    assert lines["networks, best of three / fused"]["verdict"] == "met"
+    assert lines["networks, eager NCHW / converted"]["verdict"] == "missed"
+    assert lines["eval forward, torch's peak memory / ours fused"]["lowest"] == "2.00"
+    ((_, headings, (cells,)),) = network_report.tables([row], [])
+    shown = dict(zip(headings, cells, strict=True))
+    assert (shown["inductor"], shown["openvino"], shown["best / fused"]) == ("not installed", "1.50", "1.25")
+
+
+def test_a_network_without_peers_has_a_row():
+    row = network_row(**{peers.EAGER: 6.0, CONVERTED: 4.0, FUSED: 2.0})
+    assert row.best_peer is None
+    assert "networks, best of three / fused" not in goal_lines(whole=[row])
+    ((_, headings, (cells,)),) = network_report.tables([row], [])
+    assert dict(zip(headings, cells, strict=True))["best of three"] == ""
+
+
+def test_an_absent_peer_says_so(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(peers.Missing, match="not installed"):
+        peers.PEERS["openvino"](torch.nn.ReLU(), torch.zeros(1), tmp_path)
+    assert peers.versions()["openvino"] == "not installed"
+
+
+@pytest.mark.parametrize("network", networks.NETWORKS)
+def test_networks_have_the_lectures_layers(network):
+    with torch.device("meta"):
+        model = networks.NETWORKS[network]().eval()
+        found = Counter()
+
+        def note(module, inputs, _):
+            shape = (*inputs[0].shape[1:3], module.kernel_size, module.stride, module.padding)
+            found[(*shape, getattr(module, "out_channels", 0), getattr(module, "groups", 0))] += 1
+
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(note)
+        assert model(torch.empty(1, *networks.IMAGE)).shape == (1, networks.CLASSES)
+    walk = NETWORKS[network.lower().replace("-v", "_v").replace("-", "")]()
+    assert found == Counter(
+        (c.channels, c.size, (c.kernel,) * 2, (c.stride,) * 2, (c.padding,) * 2, c.filters, c.groups)
+        for c in walk
+        if isinstance(c, Conv)
+    )
+
+
+def test_calls_of_a_round_take_turns():
+    calls = []
+    contestants = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c")}
+    times = measure.take_rounds(FakeBenchmark(), contestants, 0, min_rounds=5)
+    warming, turn = 3 * 3, ["a", "a", "b", "b", "c", "c"]
+    assert calls[warming:] == turn * 5
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 5, "b": 5, "c": 5}
+
+
+def test_the_fma_peak_is_above_a_products_rate():
+    peak = fma_peak.flops_per_second(1, 4, 0.2)
+    if peak is None:
+        pytest.skip("no compiler")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = measure.measure_ceilings(torch.device("cpu"), torch.float32, 0.05)
+    finally:
+        torch.set_num_threads(threads)
+    # Of the two best rates: other work on the machine may hit either.
+    assert 1e9 < found.flops_per_second < 1.2 * max(peak, found.fma_per_second)
+
+
+def test_a_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [convolution_row(layer, 0.5) for layer in list(distinct(Conv))[:5]]
+    ceilings = measure.Ceilings(1e12, 1e10)
+    path = tmp_path / "new" / "cpu.png"
+    assert picture.draw(path, "machine", rows, ceilings) == path
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert picture.draw(tmp_path / "none.png", "machine", [], ceilings) is None
 
 
 def run_benchmarks(*arguments):

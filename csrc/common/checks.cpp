@@ -83,14 +83,18 @@ bool suggests_channels_last(const Tensor& tensor) {
   return true;
 }
 
-Tensor dense(const Tensor& tensor, Layout layout) {
+bool is_dense(const Tensor& tensor, Layout layout) {
   const Strides4 wanted = strides_of(layout, tensor.size(1), tensor.size(2), tensor.size(3));
   const int64_t expected[4] = {wanted.n, wanted.c, wanted.h, wanted.w};
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   bool matches = true;
   for (int d = 0; d < 4; ++d) matches = matches && (sizes[d] <= 1 || strides[d] == expected[d]);
-  if (matches || tensor.numel() == 0) return tensor;
+  return matches || tensor.numel() == 0;
+}
+
+Tensor dense(const Tensor& tensor, Layout layout) {
+  if (is_dense(tensor, layout)) return tensor;
   return torch::stable::contiguous(tensor,
                                    layout == Layout::nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }

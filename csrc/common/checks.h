@@ -51,6 +51,7 @@ DType dtype_of(const char* op, const Tensor& tensor);
 bool suggests_channels_last(const Tensor& tensor);
 inline Layout layout_of(const Tensor& tensor) { return suggests_channels_last(tensor) ? Layout::nhwc : Layout::nchw; }
 
+bool is_dense(const Tensor& tensor, Layout layout);
 /// The tensor itself if it is dense in `layout`, else a copy that is.
 Tensor dense(const Tensor& tensor, Layout layout);
 

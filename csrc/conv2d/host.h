@@ -91,9 +91,18 @@ struct Conv2dOps {
     dtype_of(op, *values);
   }
 
+  static void check_output(const char* op, const Tensor& output, const Tensor& input, const ConvProblem& p) {
+    require_rank(op, "output", output, 4);
+    require_same_device(op, input, "output", output);
+    require_same_dtype(op, input, "output", output);
+    require_shape(op, "output", output, {p.n, p.k, p.p(), p.q()});
+    require(is_dense(output, p.layout), op, ": output is not dense in the result's memory format, ",
+            p.layout == Layout::nhwc ? "channels_last" : "contiguous");
+  }
+
   static Tensor convolve(const char* op, const Tensor& input, const Tensor& weight, ConvProblem p,
                          Activation activation, const MaybeTensor& scale, const MaybeTensor& shift,
-                         const MaybeTensor& residual, std::string_view algo) {
+                         const MaybeTensor& residual, std::string_view algo, const MaybeTensor& into = std::nullopt) {
     set_operands(op, p, "input", input, "weight", weight);
     set_weight(op, p, weight.size(0), weight.size(2), weight.size(3));
     set_input(op, p, input.size(0), input.size(1), input.size(2), input.size(3));
@@ -110,7 +119,8 @@ struct Conv2dOps {
       fused.residual = dense(*residual, p.layout);
     }
     const Tensor x = dense(input, p.layout), w = dense(weight, p.layout);
-    Tensor output = empty_output(input, p.n, p.k, p.p(), p.q(), p.layout);
+    if (into) check_output(op, *into, input, p);
+    Tensor output = into ? *into : empty_output(input, p.n, p.k, p.p(), p.q(), p.layout);
     const auto kernel = Device::select(p, ConvPass::forward, algo);
     if (output.numel() != 0) Device::forward(kernel, p, x, w, fused, output);
     return output;
@@ -132,11 +142,19 @@ struct Conv2dOps {
   static Tensor conv2d_fused(const Tensor& input, const Tensor& weight, MaybeTensor scale, MaybeTensor shift,
                              MaybeTensor residual, IntList stride, IntList padding, IntList dilation, int64_t groups,
                              int64_t activation, Algo algo) {
+    return fused_into(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation, name(algo),
+                      std::nullopt);
+  }
+
+  static Tensor fused_into(const Tensor& input, const Tensor& weight, const MaybeTensor& scale,
+                           const MaybeTensor& shift, const MaybeTensor& residual, const IntList& stride,
+                           const IntList& padding, const IntList& dilation, int64_t groups, int64_t activation,
+                           std::string_view algo, const MaybeTensor& into) {
     const ConvProblem p = conv_problem("conv2d_fused", stride, padding, dilation, groups);
     require(activation >= 0 && activation <= static_cast<int64_t>(Activation::tanh), "conv2d_fused: activation is ",
             activation, ", expected 0 (none), 1 (relu), 2 (relu6) or 3 (tanh)");
-    return convolve("conv2d_fused", input, weight, p, static_cast<Activation>(activation), scale, shift, residual,
-                    name(algo));
+    return convolve("conv2d_fused", input, weight, p, static_cast<Activation>(activation), scale, shift, residual, algo,
+                    into);
   }
 
   static Tensor conv2d_fused_eager(const Tensor& input, const Tensor& weight, MaybeTensor scale, MaybeTensor shift,
@@ -144,6 +162,14 @@ struct Conv2dOps {
     const Geometry g(input, weight, geometry);
     return conv2d_fused(input, weight, std::move(scale), std::move(shift), std::move(residual), g.stride, g.padding,
                         g.dilation, groups, activation, std::nullopt);
+  }
+
+  static Tensor conv2d_fused_eager_into(const Tensor& input, const Tensor& weight, MaybeTensor scale, MaybeTensor shift,
+                                        MaybeTensor residual, IntList geometry, int64_t groups, int64_t activation,
+                                        Tensor output) {
+    const Geometry g(input, weight, geometry);
+    return fused_into(input, weight, scale, shift, residual, g.stride, g.padding, g.dilation, groups, activation, "",
+                      output);
   }
 
   static Tensor input_grad(const Tensor& grad_output, const Tensor& weight, IntList input_size, IntList stride,
@@ -201,6 +227,7 @@ struct Conv2dOps {
     m.impl("conv2d.eager", TORCH_BOX(&Conv2dOps::conv2d_eager));
     m.impl("conv2d_fused", TORCH_BOX(&Conv2dOps::conv2d_fused));
     m.impl("conv2d_fused.eager", TORCH_BOX(&Conv2dOps::conv2d_fused_eager));
+    m.impl("conv2d_fused.eager_into", TORCH_BOX(&Conv2dOps::conv2d_fused_eager_into));
     m.impl("conv2d_input_grad", TORCH_BOX(&Conv2dOps::input_grad));
     m.impl("conv2d_weight_grad", TORCH_BOX(&Conv2dOps::weight_grad));
     m.impl("conv2d_bias_grad", TORCH_BOX(&Conv2dOps::bias_grad));
