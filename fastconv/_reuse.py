@@ -29,6 +29,10 @@ class _Block(NamedTuple):
     def is_free(self) -> bool:
         return _held(self.keeper) == self.alone
 
+    def is_lent(self) -> bool:
+        """True if another process may read it (``share_memory_``, a result put into a queue): nobody counts those."""
+        return self.keeper.untyped_storage().is_shared()
+
 
 def _held(tensor: Tensor) -> tuple[int, int]:
     """References to the storage: in C++, where its object in Python counts as one, and to that object."""
@@ -59,6 +63,7 @@ class Memory:
             return result.set_(self._block(size), 0, shape, strides)
 
     def _block(self, size: int) -> torch.UntypedStorage:
+        self._blocks = [block for block in self._blocks if not block.is_lent()]
         free = [block for block in self._blocks if block.is_free()]
         fitting = [block for block in free if size <= block.size <= SLACK * size]
         if fitting:

@@ -57,6 +57,19 @@ def test_what_nobody_holds_is_used_again():
 
 
 @torch.no_grad()
+def test_what_another_process_may_read_is_never_used_again():
+    model = fused()
+    result = model(images(0)).share_memory_()
+    kept, place = result.clone(), result.data_ptr()
+    reader = torch.UntypedStorage._new_shared_filename_cpu(*result.untyped_storage()._share_filename_cpu_())
+    del result
+    for seed in range(1, 4):
+        assert model(images(seed)).data_ptr() != place
+    found = torch.empty(0).set_(reader)[: kept.numel()]
+    assert torch.equal(found, kept.flatten())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("held", ["result", "view", "storage"])
 def test_what_somebody_holds_stays(held):
     model = fused()
