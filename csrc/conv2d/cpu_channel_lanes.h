@@ -92,7 +92,9 @@ struct ChannelLanesPlan {
   bool packs_by_task;  // weights, in L2, instead of once through memory
 
   ChannelLanesPlan(const GemmConv& p, int64_t columns, int64_t element_bytes) {
-    constexpr int64_t kStripBytes = 128 * 1024, kDepth = 320;
+    constexpr int64_t kStripBytes = 128 * 1024;
+    // A panel of 20 KiB for AVX2. AVX-512's products take so long that L2 keeps up: half as many passes over the sums.
+    constexpr int64_t kDepth = kTileVectors * FASTCONV_VECTOR_BYTES > 64 ? 640 : 320;
     const int64_t threads = thread_count();
     pixels = p.n * p.i * p.j;
     depth = p.c * p.tap_count;
@@ -123,6 +125,13 @@ bool rows_in_place(const GemmConv& p) {
   return p.taps[0].dh == 0 && p.taps[0].dw == 0 && p.i == p.h && p.j == p.w;
 }
 
+/// Pixels are written the same distance apart, in the type of the sums: tiles of whole vectors keep their sums there.
+template <class T>
+bool sums_in_place(const GemmConv& p) {
+  return sizeof(T) == sizeof(acc_t<T>) && p.y_strides.h == p.j * p.y_strides.w &&
+         (p.n == 1 || p.y_strides.n == p.i * p.y_strides.h);
+}
+
 template <class T>
 struct ChannelLanesScratch {
   acc_t<T>* rows;
@@ -142,7 +151,8 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
   const int64_t panel_begin = part * plan.panels_per_task;
   const int64_t panel_end = min_of(plan.panels, panel_begin + plan.panels_per_task);
   const T* x = static_cast<const T*>(p.x) + group * p.c * p.x_strides.c;
-  const bool in_place = rows_in_place<T>(p);
+  const bool in_place = rows_in_place<T>(p), dense_sums = sums_in_place<T>(p);
+  const bool plain = p.epilogue.is_plain();
   const auto& tiles = kTiles<Acc, Rows::depth_contiguous>;
 
   for (int64_t begin = 0; begin == 0 || begin < plan.depth; begin += plan.depth_block) {
@@ -171,17 +181,20 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
         call.b = weight_panels + ((group * plan.panels + panel) * plan.depth + begin) * kColumns;
       }
       call.a_stride = row_stride, call.depth = end - begin;
-      call.out_stride = kColumns, call.accumulate = begin > 0;
+      call.accumulate = begin > 0;
+      const bool direct = dense_sums && columns % simd::kLanes<Acc> == 0;
+      call.out_stride = direct ? p.y_strides.w : kColumns;
       const RowTiles heights(count);
       for (int64_t tile = 0; tile < heights.tiles; ++tile) {
         const int64_t pixel = heights.begin(tile), live = heights.begin(tile + 1) - pixel;
         call.a = rows + pixel * row_stride;
-        call.out = plan.depth_block >= plan.depth
-                       ? scratch.sums
-                       : scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
+        if (direct) call.out = static_cast<Acc*>(p.y) + scratch.y_offsets[pixel] + group * p.m + m;
+        else if (plan.depth_block >= plan.depth) call.out = scratch.sums;
+        else call.out = scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
         tiles.at(live, columns)(call);
-        if (last)
-          store_channel_tile<T>(p, scratch.y_offsets + pixel, call.out, kColumns, group * p.m + m, live, columns);
+        if (last && !(direct && plain))
+          store_channel_tile<T>(p, scratch.y_offsets + pixel, call.out, call.out_stride, group * p.m + m, live,
+                                columns);
       }
     }
   }

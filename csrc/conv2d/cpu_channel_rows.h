@@ -57,8 +57,7 @@ void convolve_channel_row(const GemmConv& p, const acc_t<T>* weight_panels, cons
   using Acc = acc_t<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>, kLane = simd::kLanes<Acc>;
   const RowTiles heights(p.j);
-  const Epilogue& e = p.epilogue;
-  const bool plain = !e.scale && !e.shift && !e.residual && e.activation == Activation::none;
+  const bool plain = p.epilogue.is_plain();
   TileCall<Acc> call{};
   call.depth = p.c * p.tap_count;
   call.a_row_offsets = scratch.row_offsets;
