@@ -1,10 +1,12 @@
 // Implicit GEMM with output channels in lanes, for NHWC: rows of a tile are pixels, columns are output channels.
 //
-// Weights are packed once per call into panels of kTileColumns channels, depth (tap, input channel). A task owns a
-// strip of pixels: it gathers their rows (a few contiguous copies per pixel, none at all for 1x1 with stride 1) and
-// passes every weight panel over them, so a weight panel is read from L1 for all pixels of the strip.
+// Weights are packed into panels of kTileColumns channels, depth (tap, input channel): once per call, or by each task
+// where one or two strips hold all pixels. A task owns a strip of pixels and a range of channels: it gathers the rows
+// of the pixels (a few contiguous copies per pixel, none at all for 1x1 with stride 1) and passes its weight panels
+// over them.
 #pragma once
 
+#include "conv2d/cpu_channel_weights.h"
 #include "conv2d/cpu_pack.h"
 
 namespace fastconv {
@@ -35,30 +37,6 @@ struct PixelPositions {
   }
 };
 
-/// Panels [group][m / kTileColumns][tap][c][kTileColumns], zero where m ends.
-template <class T>
-void pack_weight_panels(const GemmConv& p, acc_t<T>* panels) {
-  using Acc = acc_t<T>;
-  constexpr int64_t kColumns = kTileColumns<Acc>;
-  const int64_t depth = p.c * p.tap_count, per_group = ceil_div(p.m, kColumns);
-  parallel_for(0, p.groups * per_group, ceil_div(16384, depth * kColumns + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t m = index % per_group * kColumns, live = min_of(kColumns, p.m - m);
-      const T* weight =
-          static_cast<const T*>(p.weight) + index / per_group * p.weight_group_stride + m * p.weight_m_stride;
-      Acc* panel = panels + index * depth * kColumns;
-      for (int64_t lane = 0; lane < kColumns; ++lane) {
-        Acc* target = panel + lane;
-        for (int64_t t = 0; t < p.tap_count; ++t) {
-          const T* source = weight + lane * p.weight_m_stride + p.taps[t].weight_offset_elems;
-          for (int64_t c = 0; c < p.c; ++c, target += kColumns)
-            *target = lane < live ? simd::widen(source[c * p.weight_c_stride]) : Acc(0);
-        }
-      }
-    }
-  });
-}
-
 /// Depth [begin, end) of the flattened (tap, c) axis for `pixels.count` pixels, one row of end - begin each.
 template <class T>
 void gather_rows(const GemmConv& p, const PixelPositions<acc_t<T>>& pixels, const T* x, int64_t begin, int64_t end,
@@ -83,10 +61,10 @@ void gather_rows(const GemmConv& p, const PixelPositions<acc_t<T>>& pixels, cons
 }
 
 template <class T>
-void store_channel_tile(const GemmConv& p, const int64_t* y_offsets, acc_t<T>* tile, int64_t channel, int64_t rows,
-                        int64_t columns) {
+void store_channel_tile(const GemmConv& p, const int64_t* y_offsets, const acc_t<T>* tile, int64_t tile_stride,
+                        int64_t channel, int64_t rows, int64_t columns) {
   using Acc = acc_t<T>;
-  constexpr int kLane = simd::kLanes<Acc>, kColumns = kTileColumns<Acc>;
+  constexpr int kLane = simd::kLanes<Acc>;
   const Epilogue& e = p.epilogue;
   for (int64_t lane = 0; lane < columns; lane += kLane) {
     const int64_t live = min_of(kLane, columns - lane);
@@ -96,7 +74,7 @@ void store_channel_tile(const GemmConv& p, const int64_t* y_offsets, acc_t<T>* t
         e.shift ? simd::load_first(static_cast<const Acc*>(e.shift) + channel + lane, live) : simd::zero<Acc>();
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t offset = y_offsets[row] + channel + lane;
-      auto value = simd::load(tile + row * kColumns + lane);
+      auto value = simd::load(tile + row * tile_stride + lane);
       if (e.scale) value = value * scale;
       if (e.shift) value = value + shift;
       if (e.residual) value = value + simd::load_first(static_cast<const T*>(e.residual) + offset, live);
@@ -111,19 +89,30 @@ struct ChannelLanesPlan {
   int64_t pixels, strip_pixels, strips;
   int64_t panels, panels_per_task, panel_tasks;  // of output channels
   int64_t depth, depth_block;
+  bool packs_by_task;  // weights, in L2, instead of once through memory
 
   ChannelLanesPlan(const GemmConv& p, int64_t columns, int64_t element_bytes) {
-    constexpr int64_t kStripBytes = 128 * 1024, kDepth = 320;
+    constexpr int64_t kStripBytes = 128 * 1024;
+    // A panel of 20 KiB for AVX2. AVX-512's products take so long that L2 keeps up: half as many passes over the sums.
+    constexpr int64_t kDepth = kTileVectors * FASTCONV_VECTOR_BYTES > 64 ? 640 : 320;
     const int64_t threads = thread_count();
     pixels = p.n * p.i * p.j;
     depth = p.c * p.tap_count;
     depth_block = depth == 0 ? 1 : ceil_div(depth, ceil_div(depth, kDepth));
-    const int64_t fitting = kStripBytes / (depth_block * element_bytes);
-    const int64_t balanced = ceil_div(pixels, ceil_div(4 * threads, p.groups));
-    strip_pixels = round_up(max_of(4 * kTileRows, min_of(min_of(fitting, 24 * kTileRows), balanced)), kTileRows);
-    strips = ceil_div(pixels, strip_pixels);
+    const int64_t fitting = max_of(4 * kTileRows, min_of(kStripBytes / (depth_block * element_bytes), 24 * kTileRows));
+    strips = ceil_div(pixels, fitting);
     panels = ceil_div(p.m, columns);
-    panel_tasks = p.groups * strips >= 2 * threads ? 1 : min_of(panels, ceil_div(2 * threads, p.groups * strips));
+    // Every strip reads all weights, every range of channels gathers its strip again.
+    constexpr int64_t kFewestPanels = 4;
+    const int64_t wanted = ceil_div(4 * threads, p.groups);
+    panel_tasks = max_of(1, min_of(ceil_div(wanted, strips), panels / kFewestPanels));
+    if (strips * panel_tasks < wanted) {
+      const int64_t most = max_of(1, pixels / (4 * kTileRows));
+      strips = max_of(strips, min_of(ceil_div(wanted, panel_tasks), most));
+    }
+    strip_pixels = ceil_div(pixels, strips);
+    strips = ceil_div(pixels, strip_pixels);
+    packs_by_task = strips <= 2;
     panels_per_task = ceil_div(panels, panel_tasks);
     panel_tasks = ceil_div(panels, panels_per_task);
   }
@@ -136,10 +125,18 @@ bool rows_in_place(const GemmConv& p) {
   return p.taps[0].dh == 0 && p.taps[0].dw == 0 && p.i == p.h && p.j == p.w;
 }
 
+/// Pixels are written the same distance apart, in the type of the sums: tiles of whole vectors keep their sums there.
+template <class T>
+bool sums_in_place(const GemmConv& p) {
+  return sizeof(T) == sizeof(acc_t<T>) && p.y_strides.h == p.j * p.y_strides.w &&
+         (p.n == 1 || p.y_strides.n == p.i * p.y_strides.h);
+}
+
 template <class T>
 struct ChannelLanesScratch {
   acc_t<T>* rows;
   acc_t<T>* sums;
+  acc_t<T>* weights;  // of a panel and a block of depth
   int64_t* y_offsets;
 };
 
@@ -154,7 +151,8 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
   const int64_t panel_begin = part * plan.panels_per_task;
   const int64_t panel_end = min_of(plan.panels, panel_begin + plan.panels_per_task);
   const T* x = static_cast<const T*>(p.x) + group * p.c * p.x_strides.c;
-  const bool in_place = rows_in_place<T>(p);
+  const bool in_place = rows_in_place<T>(p), dense_sums = sums_in_place<T>(p);
+  const bool plain = p.epilogue.is_plain();
   const auto& tiles = kTiles<Acc, Rows::depth_contiguous>;
 
   for (int64_t begin = 0; begin == 0 || begin < plan.depth; begin += plan.depth_block) {
@@ -175,18 +173,28 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
     }
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t m = panel * kColumns, columns = min_of(kColumns, p.m - m);
-      const Acc* b = weight_panels + ((group * plan.panels + panel) * plan.depth + begin) * kColumns;
-      for (int64_t pixel = 0; pixel < count; pixel += kTileRows) {
-        const int64_t live = min_of(kTileRows, count - pixel);
-        Acc* tile = plan.depth_block >= plan.depth
-                        ? scratch.sums
-                        : scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
-        TileCall<Acc> call{};
-        call.a = rows + pixel * row_stride, call.a_stride = row_stride;
-        call.b = b, call.depth = end - begin;
-        call.out = tile, call.out_stride = kColumns, call.accumulate = begin > 0;
+      TileCall<Acc> call{};
+      if (plan.packs_by_task) {
+        pack_weight_panel<T>(p, group, panel, begin, end, scratch.weights);
+        call.b = scratch.weights;
+      } else {
+        call.b = weight_panels + ((group * plan.panels + panel) * plan.depth + begin) * kColumns;
+      }
+      call.a_stride = row_stride, call.depth = end - begin;
+      call.accumulate = begin > 0;
+      const bool direct = dense_sums && columns % simd::kLanes<Acc> == 0;
+      call.out_stride = direct ? p.y_strides.w : kColumns;
+      const RowTiles heights(count);
+      for (int64_t tile = 0; tile < heights.tiles; ++tile) {
+        const int64_t pixel = heights.begin(tile), live = heights.begin(tile + 1) - pixel;
+        call.a = rows + pixel * row_stride;
+        if (direct) call.out = static_cast<Acc*>(p.y) + scratch.y_offsets[pixel] + group * p.m + m;
+        else if (plan.depth_block >= plan.depth) call.out = scratch.sums;
+        else call.out = scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
         tiles.at(live, columns)(call);
-        if (last) store_channel_tile<T>(p, scratch.y_offsets + pixel, tile, group * p.m + m, live, columns);
+        if (last && !(direct && plain))
+          store_channel_tile<T>(p, scratch.y_offsets + pixel, call.out, call.out_stride, group * p.m + m, live,
+                                columns);
       }
     }
   }
@@ -197,15 +205,16 @@ void convolve_channel_lanes(const GemmConv& p) {
   using Acc = acc_t<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>, kBytes = sizeof(Acc);
   const ChannelLanesPlan plan(p, kColumns, kBytes);
-  Scratch packed(p.groups * plan.panels * plan.depth * kColumns * kBytes);
-  pack_weight_panels<T>(p, packed.as<Acc>());
+  Scratch packed(plan.packs_by_task ? 0 : p.groups * plan.panels * plan.depth * kColumns * kBytes);
+  if (!plan.packs_by_task) pack_weight_panels<T>(p, packed.as<Acc>());
 
   parallel_for(0, p.groups * plan.strips * plan.panel_tasks, 1, [&](int64_t begin, int64_t end) {
     const int64_t sums_rows = plan.depth_block >= plan.depth ? kTileRows : plan.panels_per_task * plan.strip_pixels;
     Scratch rows(rows_in_place<T>(p) ? 0 : plan.strip_pixels * plan.depth_block * kBytes);
     Scratch sums(sums_rows * kColumns * kBytes);
+    Scratch weights(plan.packs_by_task ? plan.depth_block * kColumns * kBytes : 0);
     Scratch offsets(plan.strip_pixels * static_cast<int64_t>(sizeof(int64_t)));
-    const ChannelLanesScratch<T> scratch{rows.as<Acc>(), sums.as<Acc>(), offsets.as<int64_t>()};
+    const ChannelLanesScratch<T> scratch{rows.as<Acc>(), sums.as<Acc>(), weights.as<Acc>(), offsets.as<int64_t>()};
     for (int64_t task = begin; task < end; ++task) convolve_pixel_strip<T>(p, plan, packed.as<Acc>(), task, scratch);
   });
 }

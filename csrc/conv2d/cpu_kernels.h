@@ -2,6 +2,7 @@
 #pragma once
 
 #include "conv2d/cpu_channel_lanes.h"
+#include "conv2d/cpu_channel_rows.h"
 #include "conv2d/cpu_pixel_lanes.h"
 #include "conv2d/cpu_rows.h"
 #include "conv2d/cpu_weight_grad.h"
@@ -64,7 +65,9 @@ inline constexpr Conv2dKernels kConv2dKernels = {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         if (layout == Layout::nchw) return convolve_pixel_lanes<T>(products, count);
-        for (int64_t i = 0; i < count; ++i) convolve_channel_lanes<T>(products[i]);
+        for (int64_t i = 0; i < count; ++i)
+          channel_rows_serve(products[i]) ? convolve_channel_rows<T>(products[i])
+                                          : convolve_channel_lanes<T>(products[i]);
       });
     },
     [](const GemmConv& p, DType dtype) { for_dtype(dtype, [&](auto type) { convolve_rows<decltype(type)>(p); }); },

@@ -7,10 +7,6 @@
 namespace fastconv {
 namespace {
 
-inline bool is_plain(const Epilogue& e) {
-  return e.scale == nullptr && e.shift == nullptr && e.residual == nullptr && e.activation == Activation::none;
-}
-
 /// One output channel's epilogue, ready for vectors of its pixels.
 template <class Acc>
 class ChannelEpilogue {
@@ -39,7 +35,7 @@ class ChannelEpilogue {
 /// The epilogue on a tile that lies in the output: `y` is channel `channel`, first pixel; `columns` are whole vectors.
 template <class Acc>
 void finish_in_place(const GemmConv& p, Acc* y, int64_t channel, int64_t rows, int64_t columns) {
-  if (is_plain(p.epilogue)) return;
+  if (p.epilogue.is_plain()) return;
   const Acc* residual = static_cast<const Acc*>(p.epilogue.residual);
   if (residual) residual += y - static_cast<const Acc*>(p.y);
   for (int64_t row = 0; row < rows; ++row) {

@@ -303,7 +303,7 @@ void finish_tile_nhwc(const GemmConv& p, const WinogradPlan& plan, int64_t tile,
     for (int64_t s = 0; s < pixels; ++s)
       offsets[r * pixels + s] =
           p.y_offset + place.image * p.y_strides.n + (i + r) * p.y_strides.h + (j + s) * p.y_strides.w;
-  store_channel_tile<T>(p, offsets, sums, channel, rows * pixels, columns);
+  store_channel_tile<T>(p, offsets, sums, kTileColumns<acc_t<T>>, channel, rows * pixels, columns);
 }
 
 template <class T>

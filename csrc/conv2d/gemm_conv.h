@@ -22,6 +22,8 @@ struct Epilogue {
   const void* shift = nullptr;     // likewise
   const void* residual = nullptr;  // storage type, laid out as y, or none
   Activation activation = Activation::none;
+
+  bool is_plain() const { return !scale && !shift && !residual && activation == Activation::none; }
 };
 
 struct GemmConv {
