@@ -134,12 +134,16 @@ py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& strid
   const ConvPass pass = pass_named(pass_name);
   const std::string_view asked = algo ? std::string_view(*algo) : "";
   py::dict plan;
-  if (is_cuda(device))
+  plan["condition"] = py::none();
+  if (is_cuda(device)) {
     add_choice(plan, kCudaConvCandidates, select_cuda_conv2d(p, pass, asked), p, pass,
                [](auto&) { return py::none(); });
-  else
-    add_choice(plan, kConvCandidates, select_conv2d(p, pass, asked), p, pass,
-               [&](auto& name) { return tile_of(name, p, pass); });
+  } else {
+    const Kernel chosen = select_conv2d(p, pass, asked);
+    add_choice(plan, kConvCandidates, chosen, p, pass, [&](auto& name) { return tile_of(name, p, pass); });
+    if (const char* condition = winograd_condition(chosen); condition != nullptr && asked.empty())
+      plan["condition"] = condition;
+  }
   plan["output_shape"] = py::make_tuple(p.n, p.k, p.p(), p.q());
   plan["flops"] = p.flops();
   plan["bytes"] = p.bytes();
@@ -225,8 +229,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_conv2d", &plan_conv2d, py::arg("input_shape"), py::arg("weight_shape"), py::kw_only(), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"),
         py::arg("pass_name"), py::arg("algo") = py::none(), py::arg("device") = "cpu",
-        "The kernel that serves a convolution, why others do not, its tile, FLOPs and bytes. Raises RuntimeError if "
-        "`algo` refuses.");
+        "The kernel that serves a convolution and on what condition, why others do not, its tile, FLOPs and bytes. "
+        "Raises "
+        "RuntimeError if `algo` refuses.");
   m.def("plan_pool", &plan_pool, py::arg("op"), py::arg("input_shape"), py::kw_only(), py::arg("kernel"),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("ceil_mode"), py::arg("divisor_override"),
         py::arg("dtype"), py::arg("device") = "cpu",

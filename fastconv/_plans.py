@@ -27,13 +27,14 @@ _WINDOW_OPS = frozenset({
 
 @dataclass(frozen=True)
 class Plan:
-    """The kernel that serves a call; why others do not; what it costs."""
+    """The kernel that serves a call, and on what condition; why others do not; what it costs."""
 
     kernel: str
     flops: int
     tile: str | None = None
     refused: dict[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    condition: str | None = None
 
 
 def plan_of(func: Any, args: Sequence[Any], result: Any) -> Plan | None:
@@ -93,7 +94,7 @@ def _conv_plan(op: str, named: dict[str, Any], device: str) -> Plan:
         algo=named.get("algo"),
     )
     others = tuple(name for name in plan["able"] if name != plan["algo"])
-    return Plan(plan["kernel"], plan["flops"], _tile_text(plan["tile"]), plan["refused"], others)
+    return Plan(plan["kernel"], plan["flops"], _tile_text(plan["tile"]), plan["refused"], others, plan["condition"])
 
 
 def _tile_text(tile: Any) -> str | None:

@@ -44,7 +44,8 @@ class PlannedCall:
 
     ``path`` leads from the layer to the kernel. ``kernel`` is fastconv's, as in :func:`fastconv.stats`, or None where
     torch computes, ``by_torch`` then says why. ``refused`` tells for each kernel of the operator that cannot serve the
-    call why not, ``others`` names those that could (``algo=``). ``bytes`` must be moved at least: every operand once.
+    call why not, ``others`` names those that could (``algo=``). ``condition`` says for which
+    values the kernel is chosen, if not for all. ``bytes`` must be moved at least: every operand once.
     """
 
     layer: str
@@ -62,6 +63,7 @@ class PlannedCall:
     refused: dict[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     by_torch: str | None = None
+    condition: str | None = None
 
     @property
     def intensity(self) -> float:
@@ -75,6 +77,7 @@ class PlannedCall:
             f"  {_shape(self.input_shape)} -> {_shape(self.output_shape)}, {_name(self.dtype)}, {self.memory_format}",
             f"  kernel     {self.kernel or 'torch'}" + (f", tile {self.tile}" if self.tile else ""),
         ]
+        lines += [f"  condition  {self.condition}"] if self.condition else []
         lines += [f"  by torch   {self.by_torch}"] if self.by_torch else []
         lines += [f"  refused    {algo}: {reason}" for algo, reason in self.refused.items()]
         lines += [f"  also able  {', '.join(self.others)} (algo=)"] if self.others else []
@@ -95,7 +98,7 @@ class Explanation:
 
     @property
     def kernels(self) -> dict[str, int]:
-        """Calls per kernel, as :func:`fastconv.stats` would report after the call."""
+        """Calls per kernel, as :func:`fastconv.stats` would report after the call, all conditions met."""
         counts: dict[str, int] = {}
         for call in self.calls:
             if call.kernel is not None:
@@ -312,6 +315,7 @@ class _Watcher(TorchDispatchMode):
                 refused=plan.refused if plan else {},
                 others=plan.others if plan else (),
                 by_torch=by_torch,
+                condition=plan.condition if plan else None,
             )
         )
 

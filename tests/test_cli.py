@@ -76,8 +76,9 @@ def test_explain_prints_the_plan(capsys):
     assert cli.main([*arguments, "--backward"]) == 0
     out = capsys.readouterr().out
     for wanted in (
-        "conv2d/tiled",
-        "conv2d_input_grad/tiled",
+        "conv2d/winograd",
+        "condition",
+        "conv2d_input_grad/winograd",
         "conv2d_weight_grad/tiled",
         "462 MFLOP",
         "channels_last",

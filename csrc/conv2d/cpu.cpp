@@ -1,9 +1,12 @@
 // The convolution ops on the CPU: kernels chosen by select.h, through the table of the active instruction set.
+#include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "common/kernel_table.h"
 #include "common/parallel.h"
+#include "conv2d/cpu_winograd_condition.h"
 #include "conv2d/gemm_plan.h"
 #include "conv2d/host.h"
 #include "conv2d/select.h"
@@ -54,34 +57,81 @@ class ChannelValues {
   bool present_;
 };
 
+/// The kernel of a call, and for one that works on a condition what takes the images that do not meet it.
+struct CpuChoice {
+  Kernel kernel;
+  std::optional<Kernel> otherwise;
+};
+
+/// One product by the kernel of its pass.
+void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype) {
+  const Conv2dKernels& kernels = *conv2d_kernels();
+  switch (kernel) {
+    case Kernel::conv2d_naive:
+    case Kernel::conv2d_input_grad_naive:
+      return kernels.naive(product, dtype);
+    case Kernel::conv2d_rows:
+    case Kernel::conv2d_input_grad_rows:
+      return kernels.rows(product, dtype);
+    case Kernel::conv2d_winograd:
+    case Kernel::conv2d_input_grad_winograd:
+      return WinogradProduct(kernels, product, layout, dtype).run(product);
+    default:
+      return kernels.tiled(&product, 1, layout, dtype);
+  }
+}
+
+/// One product; every kernel that computes an image of it is counted, once.
+void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout, DType dtype) {
+  if (!choice.otherwise) {
+    count_call(choice.kernel);
+    return run_product(choice.kernel, product, layout, dtype);
+  }
+  const std::vector<double> energies = winograd_energies(*conv2d_kernels(), product, layout, dtype);
+  const auto at = [&](int64_t image) { return energies[static_cast<std::size_t>(image)]; };
+  std::optional<WinogradProduct> winograd;
+  const bool any = std::any_of(energies.begin(), energies.end(), [](double energy) { return energy >= 0; });
+  if (any) winograd.emplace(*conv2d_kernels(), product, layout, dtype);
+  const auto fits = [&](int64_t image) {
+    return winograd && at(image) >= 0 && winograd->stays_finite(product, at(image));
+  };
+  bool counted[2] = {};
+  for_image_runs(product, dtype, fits, [&](const GemmConv& images, bool fit) {
+    const Kernel kernel = fit ? choice.kernel : *choice.otherwise;
+    if (!counted[fit]) count_call(kernel);
+    counted[fit] = true;
+    if (fit) winograd->run(images);
+    else run_product(kernel, images, layout, dtype);
+  });
+}
+
 struct CpuConv2d {
-  static Kernel select(const ConvProblem& p, ConvPass pass, std::string_view algo) {
-    return select_conv2d(p, pass, algo);
+  static CpuChoice select(const ConvProblem& p, ConvPass pass, std::string_view algo) {
+    const Kernel kernel = select_conv2d(p, pass, algo);
+    if (!algo.empty() || winograd_condition(kernel) == nullptr) return {kernel, std::nullopt};
+    return {kernel, select_conv2d(p, pass, "direct")};
   }
 
-  static void forward(Kernel kernel, const ConvProblem& p, const Tensor& x, const Tensor& weight,
+  static void forward(const CpuChoice& choice, const ConvProblem& p, const Tensor& x, const Tensor& weight,
                       const FusedOperands& fused, Tensor& y) {
     const ChannelValues scales("conv2d", fused.scale, p), shifts("conv2d", fused.shift, p);
     const Epilogue epilogue{scales.data(), shifts.data(), fused.residual ? fused.residual->const_data_ptr() : nullptr,
                             fused.activation};
-    count_call(kernel);
-    if (kernel == Kernel::depthwise) {
+    if (choice.kernel == Kernel::depthwise) {
+      count_call(choice.kernel);
       depthwise_kernels()->forward(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), epilogue);
       return;
     }
     std::vector<Tap> taps;
     GemmConv product = forward_product(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), taps);
     product.epilogue = epilogue;
-    if (kernel == Kernel::conv2d_naive) conv2d_kernels()->naive(product, p.dtype);
-    else if (kernel == Kernel::conv2d_winograd) conv2d_kernels()->winograd(product, p.layout, p.dtype);
-    else if (kernel == Kernel::conv2d_rows) conv2d_kernels()->rows(product, p.dtype);
-    else conv2d_kernels()->tiled(&product, 1, p.layout, p.dtype);
+    run_choice(choice, product, p.layout, p.dtype);
   }
 
-  static void input_grad(Kernel kernel, const ConvProblem& p, const Tensor& grad, const Tensor& weight,
+  static void input_grad(const CpuChoice& choice, const ConvProblem& p, const Tensor& grad, const Tensor& weight,
                          Tensor& grad_input) {
-    count_call(kernel);
-    if (kernel == Kernel::depthwise_input_grad) {
+    if (choice.kernel == Kernel::depthwise_input_grad) {
+      count_call(choice.kernel);
       depthwise_kernels()->input_grad(p, grad.const_data_ptr(), weight.const_data_ptr(), grad_input.mutable_data_ptr());
       return;
     }
@@ -93,20 +143,18 @@ struct CpuConv2d {
       for (int64_t b = 0; b < columns; ++b)
         phases.push_back(input_grad_product(p, {a, b}, grad.const_data_ptr(), weight.const_data_ptr(),
                                             grad_input.mutable_data_ptr(), taps[phases.size()]));
-    if (kernel == Kernel::conv2d_input_grad_winograd) {
-      conv2d_kernels()->winograd(phases[0], p.layout, p.dtype);
-      return;
-    }
-    if (kernel == Kernel::conv2d_input_grad_tiled) {
+    if (phases.size() == 1) return run_choice(choice, phases[0], p.layout, p.dtype);
+    count_call(choice.kernel);
+    if (choice.kernel == Kernel::conv2d_input_grad_tiled) {
       conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype);
       return;
     }
-    for (const GemmConv& phase : phases)
-      (kernel == Kernel::conv2d_input_grad_rows ? conv2d_kernels()->rows : conv2d_kernels()->naive)(phase, p.dtype);
+    for (const GemmConv& phase : phases) run_product(choice.kernel, phase, p.layout, p.dtype);
   }
 
-  static void weight_grad(Kernel kernel, const ConvProblem& p, const Tensor& grad, const Tensor& x,
+  static void weight_grad(const CpuChoice& choice, const ConvProblem& p, const Tensor& grad, const Tensor& x,
                           Tensor& grad_weight) {
+    const Kernel kernel = choice.kernel;
     count_call(kernel);
     if (kernel == Kernel::depthwise_weight_grad) {
       depthwise_kernels()->weight_grad(p, grad.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr());

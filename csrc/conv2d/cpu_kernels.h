@@ -3,6 +3,7 @@
 
 #include "conv2d/cpu_channel_lanes.h"
 #include "conv2d/cpu_channel_rows.h"
+#include "conv2d/cpu_energies.h"
 #include "conv2d/cpu_pixel_lanes.h"
 #include "conv2d/cpu_rows.h"
 #include "conv2d/cpu_weight_grad.h"
@@ -71,10 +72,23 @@ inline constexpr Conv2dKernels kConv2dKernels = {
       });
     },
     [](const GemmConv& p, DType dtype) { for_dtype(dtype, [&](auto type) { convolve_rows<decltype(type)>(p); }); },
-    [](const GemmConv& p, Layout layout, DType dtype) {
+    [](const GemmConv& p, Layout layout, DType dtype, const float* filters) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        if constexpr (!__is_same(T, double)) convolve_winograd<T>(p, layout);
+        if constexpr (!__is_same(T, double)) convolve_winograd<T>(p, layout, filters);
+      });
+    },
+    [](const GemmConv& p, Layout layout, DType dtype, float* filters) {
+      for_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        if constexpr (!__is_same(T, double)) transform_filters<T>(p, layout, filters);
+      });
+    },
+    [](const GemmConv& p, Layout layout) { return WinogradPlan(p, layout).filter_elems(p, layout); },
+    [](const GemmConv& p, Layout layout, DType dtype, float* energies) {
+      for_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        if constexpr (!__is_same(T, double)) pixel_energies<T>(p, layout, energies);
       });
     },
     [](const GemmWeightGrad& p, DType dtype) {

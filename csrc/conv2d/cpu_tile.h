@@ -92,10 +92,10 @@ struct RowElements<Acc, kRows, Rows::row_contiguous> {
   FASTCONV_INLINE void advance() { pointer += kTileRows; }
 };
 
-/// The first rows have a pointer each; of more than nine the others' offsets are read again at every step.
+/// The first rows have a pointer each; of more than eight the others' offsets are read again at every step.
 template <class Acc, int kRows>
 struct RowElements<Acc, kRows, Rows::offsets> {
-  static constexpr int kHeld = kRows <= 9 ? kRows : 6;
+  static constexpr int kHeld = kRows <= 8 ? kRows : 5;
   const Acc* held[kHeld];
   const Acc* base;
   const int64_t* depth_offsets;
@@ -127,8 +127,7 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      sums[row][v] = call.accumulate ? simd::load(call.out + row * call.out_stride + v * kLane) : V{};
+    for (int v = 0; v < kVectors; ++v) sums[row][v] = V{};
   for (int64_t d = 0; d < depth; ++d) {
     const Acc* step = kColumnOrder == Columns::offsets ? b + b_offsets[d] : b + d * kTileColumns<Acc>;
     a.seek(d);
@@ -142,6 +141,13 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
       for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::fma<Acc>(value, columns[v], sums[row][v]);
     }
     a.advance();
+  }
+  // What was there comes last, not first, where sums wait in `out`: many short chains round less than one long one.
+  if (call.accumulate) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[row][v] += simd::load(call.out + row * call.out_stride + v * kLane);
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)

@@ -1,9 +1,9 @@
 // Winograd's F(4x4, 3x3) for stride 1: 36 products give 16 outputs, where the definition takes 144.
 //
-// Filters are transformed once per call. A task owns a block of tiles (4x4 outputs each): it transforms their 6x6
-// inputs for all input channels into V[product][...], which stays in L2, then for each register tile of output channels
-// runs the 36 small products into M, which stays in L1 or L2, and turns M into outputs, epilogue included. Nothing but
-// inputs, filters and outputs goes through memory.
+// Filters are transformed before the tasks start. A task owns a block of tiles (4x4 outputs each): it transforms their
+// 6x6 inputs for all input channels into V[product][...], which stays in L2, then for each register tile of output
+// channels runs the 36 small products into M, which stays in L1 or L2, and turns M into outputs, epilogue included.
+// Nothing but inputs, filters and outputs goes through memory.
 //
 // NCHW: lanes are tiles, rows of the register tile are output channels. NHWC: lanes are output channels, rows are
 // tiles.
@@ -17,6 +17,10 @@
 
 namespace fastconv {
 namespace {
+
+/// Input channels that one chain of sums takes. Longer chains cost accuracy: with 256 channels in one the error was
+/// three times as large.
+inline constexpr int64_t kWinogradDepth = 64;
 
 /// Where a tile lies: its image, and its place in the grid of tiles.
 struct TilePlace {
@@ -56,13 +60,31 @@ struct WinogradPlan {
       first_h = min_of(first_h, p.taps[t].dh), first_w = min_of(first_w, p.taps[t].dw);
   }
 
+  /// Elements of the transformed filters, and one more: their largest magnitude before the transform.
+  int64_t filter_elems(const GemmConv& p, Layout layout) const {
+    return kWinogradProducts * (layout == Layout::nchw ? 1 : ceil_div(p.m, kTileColumns<float>)) * filter_step + 1;
+  }
+
   TilePlace place(int64_t tile) const { return {tile / columns / rows, tile / columns % rows, tile % columns}; }
 };
 
+/// Raises *peak, by its bits: those of positive numbers have their order, infinity and NaN above all others.
+inline void raise_peak(float* peak, float value) {
+  uint32_t bits, known;
+  std::memcpy(&bits, &value, sizeof(bits));
+  auto* target = reinterpret_cast<uint32_t*>(peak);
+  __atomic_load(target, &known, __ATOMIC_RELAXED);
+  while (bits > known && !__atomic_compare_exchange(target, &known, &bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
 /// Transformed filters: [product][m][pitch of c] for NCHW, [m / kTileColumns][product][c][kTileColumns] for NHWC, with
-/// filter_step from product to product.
+/// filter_step from product to product. Their largest magnitude before the transform comes last.
 template <class T>
-void transform_filters(const GemmConv& p, const WinogradPlan& plan, Layout layout, float* filters) {
+void transform_filters(const GemmConv& p, Layout layout, float* filters) {
+  const WinogradPlan plan(p, layout);
+  float* peak = filters + plan.filter_elems(p, layout) - 1;
+  *peak = 0;
   constexpr int64_t kLane = simd::kLanes<double>, kColumns = kTileColumns<float>;
   typedef float Narrow __attribute__((vector_size(FASTCONV_VECTOR_BYTES / 2)));
   const bool lanes_are_inputs = layout == Layout::nchw;
@@ -78,6 +100,7 @@ void transform_filters(const GemmConv& p, const WinogradPlan& plan, Layout layou
   const int64_t abreast = lanes_are_inputs ? groups : kColumns / kLane;
   const int64_t panels = ceil_div(groups, abreast);
   parallel_for(0, panels * other_size * abreast, 64, [&](int64_t begin, int64_t end) {
+    auto largest = simd::zero<double>();
     for (int64_t index = begin; index < end; ++index) {
       const int64_t lane = (index / abreast / other_size * abreast + index % abreast) * kLane;
       const int64_t other = index / abreast % other_size, live = min_of(kLane, lane_size - lane);
@@ -94,6 +117,8 @@ void transform_filters(const GemmConv& p, const WinogradPlan& plan, Layout layou
           for (int64_t i = 0; i < live; ++i) g[t][i] = simd::widen(weight[offsets[t] + i * lane_stride]);
         }
       }
+#pragma GCC unroll 9
+      for (int t = 0; t < 9; ++t) largest = simd::max_propagate_nan<double>(largest, g[t] < 0 ? -g[t] : g[t]);
       transform_filter(g, result);
       float* to = lanes_are_inputs ? filters + other * plan.pitch + lane
                                    : filters + lane / kColumns * kWinogradProducts * plan.filter_step +
@@ -103,6 +128,7 @@ void transform_filters(const GemmConv& p, const WinogradPlan& plan, Layout layou
         std::memcpy(to + f * plan.filter_step, &narrowed, sizeof(narrowed));
       }
     }
+    for (int64_t i = 0; i < kLane; ++i) raise_peak(peak, __builtin_fabsf(static_cast<float>(largest[i])));
   });
 }
 
@@ -120,6 +146,16 @@ FASTCONV_INLINE void for_runs(const WinogradPlan& plan, int64_t first, int64_t c
     const int64_t length = min_of(plan.columns - place.column, count - lane);
     body(TileRun{lane, length, place});
     lane += length;
+  }
+}
+
+/// A product of `depth` steps as the sum of products of at most kWinogradDepth.
+FASTCONV_INLINE void multiply_in_blocks(TileCall<float> call, TileFunction<float> multiply, int64_t depth) {
+  const int64_t blocks = ceil_div(depth, kWinogradDepth), length = ceil_div(depth, max_of(blocks, 1));
+  for (int64_t begin = 0; begin == 0 || begin < depth; begin += length) {
+    call.depth = min_of(length, depth - begin), call.accumulate = begin > 0;
+    multiply(call);
+    call.a += length, call.b += length * kTileColumns<float>;
   }
 }
 
@@ -239,9 +275,9 @@ void convolve_block_nchw(const GemmConv& p, const WinogradPlan& plan, const floa
     for (int64_t f = 0; f < kWinogradProducts; ++f) {
       TileCall<float> call{};
       call.a = filters + f * plan.filter_step + channel * plan.pitch, call.a_stride = plan.pitch;
-      call.b = v + f * plan.v_step, call.depth = p.c;
+      call.b = v + f * plan.v_step;
       call.out = m + f * kTileRows * kColumns, call.out_stride = kColumns;
-      multiply(call);
+      multiply_in_blocks(call, multiply, p.c);
     }
     for (int64_t row = 0; row < live; ++row)
       finish_channel_nchw<T>(p, plan, first, count, channel + row, m + row * kColumns);
@@ -319,9 +355,11 @@ void convolve_block_nhwc(const GemmConv& p, const WinogradPlan& plan, const floa
       for (int64_t tile = 0; tile < rows.tiles; ++tile) {
         TileCall<float> call{};
         call.a = v + f * plan.v_step + rows.begin(tile) * plan.pitch, call.a_stride = plan.pitch;
-        call.b = filters + (channel / kColumns * kWinogradProducts + f) * plan.filter_step, call.depth = p.c;
+        call.b = filters + (channel / kColumns * kWinogradProducts + f) * plan.filter_step;
         call.out = m + (f * plan.block_tiles + rows.begin(tile)) * kColumns, call.out_stride = kColumns;
-        kTiles<float, Rows::depth_contiguous>.at(rows.begin(tile + 1) - rows.begin(tile), columns)(call);
+        const auto multiply =
+            kTiles<float, Rows::depth_contiguous>.at(rows.begin(tile + 1) - rows.begin(tile), columns);
+        multiply_in_blocks(call, multiply, p.c);
       }
     for (int64_t tile = 0; tile < count; ++tile)
       finish_tile_nhwc<T>(p, plan, first + tile, channel, columns, m + tile * kColumns);
@@ -331,19 +369,17 @@ void convolve_block_nhwc(const GemmConv& p, const WinogradPlan& plan, const floa
 // ---------------------------------------------------------------- both
 
 template <class T>
-void convolve_winograd(const GemmConv& p, Layout layout) {
+void convolve_winograd(const GemmConv& p, Layout layout, const float* filters) {
   constexpr int64_t kColumns = kTileColumns<float>, kFloat = sizeof(float);
   const WinogradPlan plan(p, layout);
   const bool nchw = layout == Layout::nchw;
-  Scratch filters(kWinogradProducts * (nchw ? 1 : ceil_div(p.m, kColumns)) * plan.filter_step * kFloat);
-  transform_filters<T>(p, plan, layout, filters.as<float>());
   parallel_for(0, plan.parts * plan.blocks, 1, [&](int64_t begin, int64_t end) {
     Scratch v(kWinogradProducts * plan.v_step * kFloat);
     Scratch m(kWinogradProducts * (nchw ? kTileRows : plan.block_tiles) * kColumns * kFloat);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t channel = task / plan.blocks * plan.channels_per_part;
       const auto convolve = nchw ? convolve_block_nchw<T> : convolve_block_nhwc<T>;
-      convolve(p, plan, filters.as<float>(), task % plan.blocks, channel, min_of(p.m, channel + plan.channels_per_part),
+      convolve(p, plan, filters, task % plan.blocks, channel, min_of(p.m, channel + plan.channels_per_part),
                v.as<float>(), m.as<float>());
     }
   });

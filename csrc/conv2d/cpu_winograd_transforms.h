@@ -8,11 +8,12 @@
 #pragma once
 
 #include "common/simd/simd.h"
+#include "conv2d/gemm_conv.h"
 
 namespace fastconv {
 namespace {
 
-inline constexpr int64_t kWinogradOutputs = 4, kWinogradInputs = 6, kWinogradProducts = 36;
+inline constexpr int64_t kWinogradInputs = 6, kWinogradProducts = 36;
 
 inline constexpr double kPointA = 0.70710678118654752440, kPointB = 1.41421356237309504880;
 

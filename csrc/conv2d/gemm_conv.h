@@ -61,6 +61,8 @@ struct GemmWeightGrad {
   void* grad_weight;
 };
 
+inline constexpr int64_t kWinogradOutputs = 4;  // rows and columns of a tile
+
 /// What one instruction set offers for this family. Sums are kept in acc_t of the dtype.
 struct Conv2dKernels {
   void (*naive)(const GemmConv&, DType);
@@ -68,8 +70,13 @@ struct Conv2dKernels {
   /// Products of one call that differ in their taps and output grids alone.
   void (*tiled)(const GemmConv*, int64_t count, Layout, DType);
   void (*rows)(const GemmConv&, DType);  // Layout::nchw only
-  /// One group, taps within 3x3, step 1; no float64.
-  void (*winograd)(const GemmConv&, Layout, DType);
+  /// One group, taps within 3x3, step 1; no float64. `filters` as winograd_filters made them.
+  void (*winograd)(const GemmConv&, Layout, DType, const float* filters);
+  /// Transforms the weights; filters[winograd_filter_elems - 1] is their largest magnitude, infinite or NaN if one is.
+  void (*winograd_filters)(const GemmConv&, Layout, DType, float* filters);
+  int64_t (*winograd_filter_elems)(const GemmConv&, Layout);
+  /// energies[image][pixel] of x: the sum of squares over the channels. One group, no float64.
+  void (*pixel_energies)(const GemmConv&, Layout, DType, float* energies);
   void (*tiled_weight_grad)(const GemmWeightGrad&, DType);
   /// out[k] = sum over n, h, w of grad[n, k, h, w]; `grad` dense in `layout`.
   void (*bias_grad)(const void* grad, void* out, int64_t n, int64_t k, int64_t plane, Layout, DType);

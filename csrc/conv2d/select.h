@@ -45,9 +45,20 @@ inline const char* refuse_winograd(const ConvProblem& p, ConvPass pass) {
   return nullptr;
 }
 
-/// Faster where csrc/conv2d/README.md says, but one large input spoils outputs whose windows do not hold it.
-inline const char* avoid_winograd(const ConvProblem&, ConvPass) {
-  return "its error is relative to the largest input of a 6x6 tile; it runs when it is named";
+/// A quarter of the products, for transforms of inputs, outputs and, in every call, filters. Measured;
+/// csrc/conv2d/README.md.
+inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
+  if (pass == ConvPass::weight_grad) return "its weight gradient is that of tiled";
+  const bool forward = pass == ConvPass::forward;
+  const int64_t rows = forward ? p.p() : p.h, columns = forward ? p.q() : p.w;
+  if (min_of(p.c, p.k) < (p.layout == Layout::nchw ? 48 : 32))
+    return "so few channels do not pay for the transforms of inputs and outputs";
+  // More than the allocator reuses from call to call, and every page of fresh memory costs as much as its products.
+  if (36 * 4 * p.c * p.k > 30 << 20) return "the transformed filters would take more than 30 MiB";
+  if (p.n * rows * columns < 600) return "fewer than 600 pixels do not pay for the transform of the filters";
+  if (2 * round_up(rows, 4) * round_up(columns, 4) > 3 * rows * columns)
+    return "its 4x4 tiles would hang over the edge";
+  return nullptr;
 }
 
 inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
@@ -66,9 +77,20 @@ inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
      &refuse_nothing},
 };
 
-/// `algo` may also be "direct": whatever is best without Winograd, which is never chosen unasked.
+/// `algo` may also be "direct": whatever is best without Winograd.
 inline Kernel select_conv2d(const ConvProblem& problem, ConvPass pass, std::string_view algo) {
-  return select_conv2d(kConvCandidates, problem, pass, algo == "direct" ? "" : algo);
+  if (algo == "direct")
+    for (const ConvCandidate<Kernel>& candidate : kConvCandidates)
+      if (candidate.algo != "winograd" && !candidate.refuse(problem, pass) && !candidate.avoid(problem, pass))
+        return candidate.kernel(pass);
+  return select_conv2d(kConvCandidates, problem, pass, algo);
+}
+
+/// The values that a kernel is chosen for, when it is not named; null if it is all. Other images go to the kernel of
+/// algo="direct" (cpu_winograd_condition.h).
+inline const char* winograd_condition(Kernel kernel) {
+  if (kernel != Kernel::conv2d_winograd && kernel != Kernel::conv2d_input_grad_winograd) return nullptr;
+  return "finite images without large values beside small ones (csrc/conv2d/README.md); others as algo=\"direct\"";
 }
 
 }  // namespace fastconv
