@@ -12,6 +12,7 @@ from benchmarks.measure import Call
 from benchmarks.report import Case
 from fastconv._library import ops
 from fastconv.ops import conv2d as conv2d_ops
+from fastconv.ops.conv2d_fused import conv2d_fused
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 POOL_DIRECTIONS = ("forward", "input_grad")
@@ -107,6 +108,59 @@ def global_avg_pool_calls(layer: layers.Pool, direction: str, x: torch.Tensor, g
         lambda: ops.adaptive_avg_pool2d_backward(grad, x.shape[2:]),
         lambda: aten._adaptive_avg_pool2d_backward(grad, x),
     )
+
+
+LRN_PARAMS = (5, 5e-4, 0.75, 2.0)  # the paper's; torch divides alpha by the size
+
+
+def norm(layer: layers.Norm, batch: int, direction: str, layout: str, device: torch.device, dtype: torch.dtype) -> Pair:
+    """The gradient by torch is its graph's: there is no operator of its own."""
+    torch.manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.randn(layer.input_shape(batch), device=device, dtype=dtype).to(memory_format=FORMATS[layout])
+        grad = torch.randn(layer.input_shape(batch), device=device, dtype=dtype).to(memory_format=FORMATS[layout])
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = torch.nn.functional.local_response_norm(leaf, *LRN_PARAMS) if direction == "input_grad" else x
+
+    def gradient_by_torch() -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.autograd.grad(y, leaf, grad, retain_graph=True)[0]
+
+    moved = (layer.elements(batch) + (x.numel() if direction == "input_grad" else 0)) * x.element_size()
+    case = Case("norm", layer.family, str(layer), direction, layout, batch, layer.flops(batch), moved)
+    if direction == "forward":
+        ours, theirs = (
+            lambda: ops.local_response_norm(x, *LRN_PARAMS),
+            lambda: torch.nn.functional.local_response_norm(x, *LRN_PARAMS),
+        )
+    else:
+        ours, theirs = (lambda: ops.local_response_norm_backward(grad, x, *LRN_PARAMS)), gradient_by_torch
+    return Pair(case, ours, theirs, LRN_PARAMS[0])
+
+
+def fused(layer: layers.Conv, batch: int, layout: str, device: torch.device, dtype: torch.dtype) -> Pair:
+    """Convolution, folded batch norm and ReLU in one pass; torch's three calls."""
+    torch.manual_seed(0)
+    x = torch.randn(layer.input_shape(batch), device=device, dtype=dtype).to(memory_format=FORMATS[layout])
+    weight = torch.randn(layer.weight_shape, device=device, dtype=dtype).to(memory_format=FORMATS[layout])
+    norm = torch.nn.BatchNorm2d(layer.filters).to(device, dtype).eval()
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    scale = (norm.weight * torch.rsqrt(norm.running_var + norm.eps)).detach()
+    shift = (norm.bias - norm.running_mean * scale).detach()
+    stride, padding = (layer.stride,) * 2, (layer.padding,) * 4
+
+    def ours() -> torch.Tensor:
+        return conv2d_fused(x, weight, scale, shift, None, stride, padding, (1, 1), layer.groups, "relu")
+
+    def theirs() -> torch.Tensor:
+        y = torch.nn.functional.conv2d(x, weight, None, layer.stride, layer.padding, 1, layer.groups)
+        return torch.relu_(norm(y))
+
+    moved = layer.elements(batch) * x.element_size()
+    case = Case("conv2d_fused", layer.family, str(layer), "forward", layout, batch, layer.flops(batch), moved)
+    return Pair(case, ours, theirs, layer.weights // layer.filters)
 
 
 POOL_CALLS = {"max": max_pool_calls, "avg": avg_pool_calls, "global avg": global_avg_pool_calls}

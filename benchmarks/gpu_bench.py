@@ -40,7 +40,7 @@ class Series:
     """One layer in one direction, layout and dtype: what is measured at each of BATCHES."""
 
     op: str
-    layer: layers.Layer
+    layer: layers.Layer | layers.Norm
     direction: str
     layout: str
     dtype: str
@@ -49,6 +49,10 @@ class Series:
         dtype = DTYPES[self.dtype]
         if isinstance(self.layer, layers.Pool):
             return cases.pool(self.layer, batch, self.direction, self.layout, device, dtype)
+        if isinstance(self.layer, layers.Norm):
+            return cases.norm(self.layer, batch, self.direction, self.layout, device, dtype)
+        if self.op == "conv2d_fused":
+            return cases.fused(self.layer, batch, self.layout, device, dtype)
         return cases.convolution(self.op, self.layer, batch, self.direction, self.layout, device, dtype)
 
 
@@ -69,14 +73,16 @@ class Results:
 
 
 def every_series(dtypes: list[str]) -> Iterator[Series]:
-    """Pools, depthwise and stems first; then by cost, so that little is missing where the time does not suffice."""
+    """What is limited by memory first; then by cost, so that little is missing where the time does not suffice."""
     convolutions = sorted(layers.convolutions(depthwise=False), key=lambda layer: layer.flops())
     stems = [layer for layer in convolutions if layer.family == "stem"]
     others = [layer for layer in convolutions if layer.family != "stem"]
     groups: list[tuple[str, list[Any], tuple[str, ...]]] = [
         ("pool", layers.pools(), cases.POOL_DIRECTIONS),
+        ("norm", layers.NORMS, cases.POOL_DIRECTIONS),
         ("depthwise", layers.convolutions(depthwise=True), report.DIRECTIONS),
         ("conv2d", stems, report.DIRECTIONS),
+        ("conv2d_fused", [*layers.convolutions(depthwise=True), *stems], ("forward",)),
         ("conv2d", others, report.DIRECTIONS),
     ]
     for dtype in dtypes:

@@ -112,6 +112,31 @@ Layer = Conv | Pool
 LayerT = TypeVar("LayerT", Conv, Pool)
 
 
+@dataclass(frozen=True)
+class Norm:
+    """Local response normalisation over 5 channels."""
+
+    channels: int
+    size: int
+    family: str = "lrn"
+
+    def input_shape(self, batch: int = 1) -> tuple[int, int, int, int]:
+        return batch, self.channels, self.size, self.size
+
+    def elements(self, batch: int = 1) -> int:
+        return 2 * batch * self.channels * self.size**2
+
+    def flops(self, batch: int = 1) -> int:
+        """The squares and their sums."""
+        return batch * self.channels * self.size**2 * 2 * 5
+
+    def __str__(self) -> str:
+        return f"lrn {self.channels} at {self.size}"
+
+
+NORMS = [Norm(96, 55), Norm(256, 27)]  # AlexNet's
+
+
 @dataclass
 class Walk:
     """Follows one image through a network; `layers` is where it has been."""

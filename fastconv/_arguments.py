@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastconv._library import cuda_problem, device_problem, runs_cuda_kernels
+from fastconv.ops._autograd import suggested_format
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 DEVICES = frozenset({"cpu", "meta"} if cuda_problem else {"cpu", "meta", "cuda"})
@@ -192,7 +193,9 @@ def _conv2d_shape_refusal(
     return None
 
 
-def pool_refusal(function: str, input: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> str | None:
+def pool_refusal(
+    function: str, input: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any
+) -> str | None:
     """Why no kernel serves this pooling window; arguments as normalised by the caller."""
     reason = tensor_refusal(function, "input", input)
     if reason is not None:
@@ -211,23 +214,26 @@ def pool_refusal(function: str, input: Any, kernel: Any, stride: Any, padding: A
         return f"padding is {padding}, expected at most half of kernel_size {kernel}"
     for axis in (0, 1):
         size = input.shape[axis - 2] + 2 * padding[axis]
-        if size < dilation[axis] * (kernel[axis] - 1) + 1:
+        if size + (stride[axis] - 1 if ceil_mode else 0) < dilation[axis] * (kernel[axis] - 1) + 1:
             return (
                 f"the window {kernel} with dilation {dilation} is larger than the padded input, {size} along "
                 f"{'HW'[axis]}; pad more or use a smaller window"
             )
-    return cuda_pool_refusal(input, *kernel, *stride, *padding, *dilation)
+    return _cuda_pool_refusal(function, input, kernel, max(*kernel, *dilation))
 
 
-def cuda_pool_refusal(input: Tensor, *numbers: Any) -> str | None:
-    """Why the CUDA pooling kernels, which count in 32 bits inside an image, do not serve these sizes."""
+def _cuda_pool_refusal(function: str, input: Tensor, kernel: Any, largest: Any) -> str | None:
+    """Why the CUDA pooling kernels, which number the elements of a plane (in channels_last of an image) in 32 bits, do
+    not serve these sizes. Strides beyond the input do not matter, and padding is at most half of the window."""
     if not runs_cuda_kernels(input):
         return None
     channels, rows, columns = input.shape[-3:]
-    if channels * rows * columns >= 2**31:
-        return f"an image is {channels} x {rows} x {columns}, the CUDA kernels want fewer than 2^31 elements; crop it"
-    if max(numbers) >= 2**30 - 1:
-        return f"one of the window's numbers is {max(numbers)}, the CUDA kernels want less than 2^30 - 1"
+    if rows * columns * (channels if suggested_format(input) == torch.channels_last else 1) >= 2**31 - 2**16:
+        return f"an image is {channels} x {rows} x {columns}, too much for the CUDA kernels' counters; crop it"
+    if max(rows, columns, largest) >= 2**29:
+        return f"a size is {max(rows, columns, largest)}, the CUDA kernels want less than 2^29"
+    if function == "avg_pool2d" and kernel[0] >= rows and kernel[1] >= columns and rows * columns >= 2**28:
+        return f"a plane is {rows} x {columns}, the CUDA kernels average fewer than 2^28 elements as a whole"
     return None
 
 
@@ -238,7 +244,7 @@ def cuda_adaptive_refusal(input: Tensor, output_size: Sequence[int]) -> str | No
     channels, rows, columns = input.shape[-3:]
     if rows * columns >= 2**28:
         return f"a plane is {rows} x {columns}, the CUDA kernels want fewer than 2^28 elements; crop it"
-    if channels * max(rows, output_size[0]) * max(columns, output_size[1]) >= 2**31:
+    if channels * max(rows, output_size[0]) * max(columns, output_size[1]) >= 2**31 - 2**16:
         return f"output_size is {tuple(output_size)}, the CUDA kernels want images of fewer than 2^31 elements"
     if max((rows + 1) * (output_size[0] + 1), (columns + 1) * (output_size[1] + 1)) >= 2**31:
         return f"output_size is {tuple(output_size)}, the CUDA kernels want its product with input's below 2^31"

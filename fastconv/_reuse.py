@@ -30,8 +30,10 @@ class _Block(NamedTuple):
         return _held(self.keeper) == self.alone
 
     def is_lent(self) -> bool:
-        """True if another process may read it (``share_memory_``, a result put into a queue): nobody counts those."""
-        return self.keeper.untyped_storage().is_shared()
+        """True if it does not behave as fresh memory any more: another process may read it (``share_memory_``, a result
+        put into a queue), or it cannot be resized (``numpy()``)."""
+        storage = self.keeper.untyped_storage()
+        return storage.is_shared() or not storage.resizable()
 
 
 def _held(tensor: Tensor) -> tuple[int, int]:

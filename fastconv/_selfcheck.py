@@ -96,7 +96,7 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
 def _with_gradients(function: Callable[..., Tensor], values: list[Tensor]) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in values]
     output = function(*leaves)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).reshape(output.shape)
     return [output.detach(), *torch.autograd.grad(output, leaves, weights)]
 
 

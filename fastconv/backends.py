@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastconv import _arguments, functional
-from fastconv._library import cuda_problem, ops, runs_cuda_kernels
+from fastconv._library import cuda_problem, device_problem, ops, runs_cuda_kernels
 from fastconv._plans import plan_of
 
 BACKENDS = ("cpu", "cuda", "triton")
@@ -45,7 +45,11 @@ def unavailable(backend: str) -> str | None:
     if backend == "cpu":
         return None
     if backend == "cuda":
-        return cuda_problem or (None if torch.cuda.is_available() else "torch finds no CUDA device")
+        if cuda_problem is not None:
+            return cuda_problem
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        return device_problem(torch.device("cuda", torch.cuda.current_device()))
     if backend == "triton":
         return "fastconv has no Triton kernels yet; use the CPU kernels, or torch.nn's layers on the GPU"
     raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")

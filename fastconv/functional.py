@@ -89,9 +89,12 @@ def conv2d(
     if refusal is None:
         refusal = _arguments.slow_on_cuda(input, weight, strides, dilations, count, algo)
     if refusal is not None or strides is None or dilations is None:
-        return _by_torch(  # type: ignore[no-any-return]
+        by_torch: Tensor = _by_torch(
             "conv2d", _torch_conv2d, refusal, input, weight, bias, stride, padding, dilation, groups
         )
+        if algo is not None:
+            raise RuntimeError(f"fastconv.conv2d: algo={algo!r} does not serve this convolution: {refusal}")
+        return by_torch
     if input.dim() == 3:
         return _conv2d.conv2d(input[None], weight, bias, strides, paddings, dilations, count, algo)[0]
     return _conv2d.conv2d(input, weight, bias, strides, paddings, dilations, count, algo)
@@ -137,7 +140,7 @@ def max_pool2d(
         return _torch_max_pool2d(*arguments)
     kernel, paddings, dilations = pair(kernel_size), pair(padding), pair(dilation)
     strides = kernel if _is_absent(stride) else pair(stride)
-    refusal = _arguments.pool_refusal("max_pool2d", input, kernel, strides, paddings, dilations)
+    refusal = _arguments.pool_refusal("max_pool2d", input, kernel, strides, paddings, dilations, ceil_mode)
     if refusal is None:
         refusal = _arguments.flag_refusal(ceil_mode=ceil_mode, return_indices=return_indices)
     if refusal is not None or kernel is None or strides is None or paddings is None or dilations is None:
@@ -194,7 +197,7 @@ def avg_pool2d(
         return _torch_avg_pool2d(*arguments)
     kernel, paddings = pair(kernel_size), pair(padding)
     strides = kernel if _is_absent(stride) else pair(stride)
-    refusal = _arguments.pool_refusal("avg_pool2d", input, kernel, strides, paddings, (1, 1))
+    refusal = _arguments.pool_refusal("avg_pool2d", input, kernel, strides, paddings, (1, 1), ceil_mode)
     divisor = _arguments.integer(divisor_override)
     if divisor == 0 or (divisor is None and divisor_override is not None):
         refusal = f"divisor_override is {divisor_override!r}, expected an integer other than 0, or None"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastconv
 from fastconv import _C, _selfcheck, cli
@@ -63,6 +64,13 @@ def test_doctor_notices_a_call_that_went_to_torch(monkeypatch):
     results = {result.name: result for result in _selfcheck.run()}
     assert not results["max_pool2d contiguous"].passed
     assert "torch/max_pool2d" in results["max_pool2d contiguous"].detail
+
+
+def test_the_self_check_keeps_to_the_device_it_is_given():
+    found = _selfcheck._with_gradients(
+        lambda x: fastconv.functional.max_pool2d(x, 2), [torch.ones(1, 2, 4, 4, device="meta")]
+    )
+    assert [part.device.type for part in found] == ["meta", "meta"]
 
 
 def test_doctor_in_its_own_process_with_another_instruction_set():

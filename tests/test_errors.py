@@ -189,13 +189,20 @@ def test_raw_gradients_check_for_themselves():
         raw_conv2d.conv2d_weight_grad(x(2, 8, 4, 4), IMAGE, (0, 3), *ARGUMENTS)
 
 
+def test_a_named_kernel_is_not_exchanged_for_torchs():
+    numbers = torch.ones(1, 1, 3, 3, dtype=torch.int64)
+    assert functional.conv2d(numbers, numbers).item() == 9
+    with pytest.raises(RuntimeError, match="algo=.tiled. does not serve .*int64"):
+        functional.conv2d(numbers, numbers, algo="tiled")
+
+
 @pytest.mark.parametrize("recording", [False, True], ids=["plain", "grad"])
 def test_out_of_memory_has_torchs_words(recording):
     image = torch.zeros(1, 1, 4, 4, requires_grad=recording)
     weight = torch.zeros(64, 1, 1, 1)
     for call in (
         lambda: functional.conv2d(image, weight, padding=1_000_000),
-        lambda: functional.adaptive_avg_pool2d(image, 4_000_000),
+        lambda: functional.adaptive_avg_pool2d(image, 8_000_000),
     ):
         with pytest.raises(RuntimeError, match="you tried to allocate [0-9]+ bytes|out of memory"):
             call()

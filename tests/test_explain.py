@@ -296,6 +296,9 @@ def test_a_gpu_or_a_driver_that_is_too_old_is_said_to_be(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
         problem = _library.device_problem(device)
         assert problem is None if reason is None else reason in problem
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(backends, "cuda_problem", None)
+        assert backends.unavailable("cuda") == problem
     assert _library.device_problem(torch.device("cpu")) is None
 
 

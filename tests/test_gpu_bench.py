@@ -43,6 +43,17 @@ def bench(clock: measure.Clock, *, deadline: float = 1e9, now=lambda: 0.0, saved
     return Bench(CPU, clock, CEILINGS, deadline, saved.append if saved is not None else lambda _: None, now)
 
 
+STEMS = [layer for layer in layers.convolutions(depthwise=False) if layer.family == "stem"]
+NORM = gpu_bench.Series("norm", layers.NORMS[1], "input_grad", "nhwc", "float32")
+
+
+def test_normalisation_and_fused_convolutions_have_rows():
+    fused = gpu_bench.Series("conv2d_fused", layers.convolutions(depthwise=True)[-1], "forward", "nchw", "float32")
+    results = bench(Clock(1e-4, 2e-4)).run(iter([NORM, fused]))
+    assert results.missing == []
+    assert [row.kernel for _, row in results.rows] == ["rows", "rows", "depthwise", "depthwise"]
+
+
 def test_every_layer_is_measured_in_every_direction_and_layout():
     everything = list(gpu_bench.every_series(["float16"]))
     assert len(set(everything)) == len(everything)
@@ -50,7 +61,9 @@ def test_every_layer_is_measured_in_every_direction_and_layout():
     assert counts == {
         "conv2d": 6 * len(layers.convolutions(depthwise=False)),
         "depthwise": 6 * len(layers.convolutions(depthwise=True)),
+        "conv2d_fused": 2 * len([*layers.convolutions(depthwise=True), *STEMS]),
         "pool": 4 * len(layers.pools()),
+        "norm": 4 * len(layers.NORMS),
     }
     assert [series.op for series in everything[:1]] == ["pool"]
     assert len(list(gpu_bench.every_series(["float16", "float32"]))) == 2 * len(everything)

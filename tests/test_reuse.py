@@ -57,6 +57,14 @@ def test_what_nobody_holds_is_used_again():
 
 
 @torch.no_grad()
+def test_what_cannot_be_resized_is_not_used_again():
+    model = fused()
+    model(images(0)).numpy()
+    result = model(images(1))
+    assert result.resize_(1, 32, SIZE, SIZE).shape[1] == 32
+
+
+@torch.no_grad()
 def test_what_another_process_may_read_is_never_used_again():
     model = fused()
     result = model(images(0)).share_memory_()

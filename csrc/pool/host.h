@@ -42,6 +42,9 @@ inline void set_input(const char* op, PoolProblem& p, int64_t n, int64_t c, int6
   require(p.p() >= 1 && p.q() >= 1, op, ": the window spans ", p.dilation.h * (p.r - 1) + 1, " x ",
           p.dilation.w * (p.s - 1) + 1, ", more than the padded input, ", h + 2 * p.padding.h, " x ",
           w + 2 * p.padding.w, "; use a smaller kernel or dilation, or more padding");
+  // A step beyond the padded input leaves one window, whatever its length; kernels size their copies by it.
+  p.stride.h = min_of(p.stride.h, h + 2 * p.padding.h + 1);
+  p.stride.w = min_of(p.stride.w, w + 2 * p.padding.w + 1);
 }
 
 inline torch::headeronly::ScalarType offset_type(const PoolProblem& p) {

@@ -31,12 +31,17 @@ def tracing() -> bool:
 def call_raw(op: Any, *args: Any) -> Any:
     """Runs ``op`` below its Python autograd registration, which would cost more than a small convolution."""
     with _BelowAutograd():
-        try:
-            return op(*args)
-        except RuntimeError as error:
-            if "API call failed" not in str(error):
-                raise
-            _raise_as_torch(op, args, error)
+        return call(op, *args)
+
+
+def call(op: Any, *args: Any) -> Any:
+    """Runs ``op``; if memory runs out, the error is torch's own."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        if "API call failed" not in str(error):
+            raise
+        _raise_as_torch(op, args, error)
 
 
 def _raise_as_torch(op: Any, args: tuple[Any, ...], error: RuntimeError) -> NoReturn:

@@ -21,6 +21,7 @@ from fastconv._library import NAMESPACE, ops
 from fastconv.ops._apply import apply
 from fastconv.ops._autograd import (
     allow_empty,
+    call,
     call_raw,
     empty_like_format,
     fold,
@@ -57,7 +58,7 @@ def max_pool2d(
         return call_raw(ops.max_pool2d.default, input, *window, ceil_mode)
     if not return_indices:
         return output
-    return output, ops.max_pool2d_indices.default(offsets, input.shape[2:], *window)
+    return output, call(ops.max_pool2d_indices.default, offsets, input.shape[2:], *window)
 
 
 def max_pool2d_gather(input: Tensor, offsets: Tensor, *window: Pair) -> Tensor:
