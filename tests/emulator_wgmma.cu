@@ -154,6 +154,23 @@ __global__ void box_kernel(const __grid_constant__ CUtensorMap map, const Box* b
   if (pair) ptx::barrier_cluster_sync();
 }
 
+/// Loads the im2col box of each block from one map and stores it through another.
+__global__ void copy_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to,
+                            const Box* boxes, int bytes) {
+  FASTCONV_DYNAMIC_SHARED(raw);
+  const uint32_t at = (ptx::shared_address(raw) + 1023) & ~1023u, barrier = at + bytes;
+  if (threadIdx.x != 0) return;
+  const Box box = boxes[blockIdx.x];
+  ptx::mbarrier_init(barrier, 1);
+  ptx::fence_mbarrier_init();
+  ptx::mbarrier_arrive_expect_tx(barrier, bytes);
+  ptx::cp_async_bulk_tensor_4d_im2col(at, &from, barrier, {box.c, box.w, box.h, box.n, 0, 0});
+  ptx::mbarrier_wait_parity(barrier, 0);
+  ptx::cp_async_bulk_tensor_4d_im2col_store(&to, at, box.c, box.w, box.h, box.n);
+  ptx::cp_async_bulk_commit_group();
+  ptx::cp_async_bulk_wait_group<0>();
+}
+
 /// Rows of 16 floats through TMA with and without rounding to tf32.
 __global__ void rounding_kernel(const __grid_constant__ CUtensorMap map, float* out) {
   FASTCONV_SHARED(values, float[64]);
@@ -259,6 +276,20 @@ void launch_boxes(const ConvProblem& p, const void* x, const int* corners, const
          stream, map, reinterpret_cast<const Box*>(boxes), static_cast<uint32_t*>(out), bytes, pair);
 }
 FASTCONV_LAUNCHER("boxes", "im2col", launch_boxes);
+
+/// x's pixels on the lattice of p.stride to y, which has x's shape.
+void launch_copy(const ConvProblem& p, const void* x, const int* box, const int* boxes, int box_count, void* y,
+                 cudaStream_t stream) {
+  const auto map_of = [&](const void* base) {
+    return encode_tensor_map(Im2colMap{MapElement::f16, base, p.n, p.c, p.h, p.w, 0, 0, 0, 0,
+                                       static_cast<int>(p.stride.w), static_cast<int>(p.stride.h), box[0], box[1],
+                                       bytes128});
+  };
+  const int bytes = 2 * box[0] * box[1];
+  launch(FASTCONV_KERNEL(copy_kernel), static_cast<unsigned>(box_count), 32, static_cast<size_t>(bytes) + 2048, stream,
+         map_of(x), map_of(y), reinterpret_cast<const Box*>(boxes), bytes);
+}
+FASTCONV_LAUNCHER("copy", "im2col", launch_copy);
 
 /// Encodes a map and nothing else: `values` are channel box, pixels, swizzle, and the corners and steps, {w, h} each.
 void launch_encode(const ConvProblem& p, const void* x, int offset_bytes, const int* values, cudaStream_t) {

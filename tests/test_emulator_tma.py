@@ -91,6 +91,25 @@ def test_im2col_boxes(shape: tuple[int, ...], pair: int) -> None:
     assert torch.equal(out, torch.stack(want))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_im2col_stores_write_the_pixels_that_loads_read(stride: int) -> None:
+    """The last box ends beyond the last image, where nothing is written."""
+    n, c, h, w, pixels = 3, 96, 6, 7, 32
+    x = integers(n, c, h, w, low=1, high=1000).half().contiguous(memory_format=torch.channels_last)
+    y = torch.full_like(x, -1)
+    problem = ConvProblem.of(x, torch.empty(1, c, 1, 1).half(), (stride, stride))
+    rows, columns = (h - 1) // stride + 1, (w - 1) // stride + 1
+    starts = []
+    for first in range(0, n * rows * columns, pixels):
+        image, rest = divmod(first, rows * columns)
+        starts += [(c0, rest % columns * stride, rest // columns * stride, image, 0, 0) for c0 in (0, 64)]
+    box, flat = (torch.tensor(v, dtype=torch.int32) for v in ([64, pixels], starts))
+    library(files=(WGMMA,)).call("copy", "im2col", problem, x, box, flat, len(starts), y)
+    assert torch.equal(y[:, :, ::stride, ::stride], x[:, :, ::stride, ::stride])
+    y[:, :, ::stride, ::stride] = -1
+    assert (y == -1).all()
+
+
 @pytest.mark.parametrize(
     ("start", "error"),
     [

@@ -96,6 +96,16 @@ __device__ __forceinline__ void cp_async_bulk_tensor_3d_store(const CUtensorMap*
                : "memory");
 }
 
+/// ... im2col_no_offs: the pixels that a load from the same start with offsets of 0 reads are written, those outside of
+/// the tensor are not. By the manual; not tried on hardware yet.
+__device__ __forceinline__ void cp_async_bulk_tensor_4d_im2col_store(const CUtensorMap* map, uint32_t source, int c,
+                                                                     int w, int h, int n) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.im2col_no_offs.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+      "r"(source), "r"(c), "r"(w), "r"(h), "r"(n)
+      : "memory");
+}
+
 /// cp.async.bulk.commit_group, wait_group: groups are per thread, so the thread that stored waits. With _read the
 /// sources may be overwritten afterwards; without it the tensor has been written too.
 __device__ __forceinline__ void cp_async_bulk_commit_group() {

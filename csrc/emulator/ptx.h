@@ -46,7 +46,7 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity, Location at);
 // tma.cpp
 void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, unsigned blocks, int rank, bool im2col,
               TmaCoordinates coordinates, Location at);
-void tma_store(const CUtensorMap* map, uint32_t source, int rank, TmaCoordinates coordinates, Location at);
+void tma_store(const CUtensorMap* map, uint32_t source, int rank, bool im2col, TmaCoordinates coordinates, Location at);
 void bulk_commit_group();
 /// `read_only`: the sources have been read; else the tensor has been written too.
 void bulk_wait_group(unsigned pending, bool read_only);
@@ -185,11 +185,15 @@ inline void cp_async_bulk_tensor_4d_im2col_multicast(uint32_t destination, const
                      {{start.c, start.w, start.h, start.n}, start.offset_w, start.offset_h}, at);
 }
 inline void cp_async_bulk_tensor_2d_store(const CUtensorMap* map, uint32_t source, int c0, int c1, FASTCONV_HERE) {
-  emulator::tma_store(map, source, 2, {{c0, c1}}, at);
+  emulator::tma_store(map, source, 2, false, {{c0, c1}}, at);
 }
 inline void cp_async_bulk_tensor_3d_store(const CUtensorMap* map, uint32_t source, int c0, int c1, int c2,
                                           FASTCONV_HERE) {
-  emulator::tma_store(map, source, 3, {{c0, c1, c2}}, at);
+  emulator::tma_store(map, source, 3, false, {{c0, c1, c2}}, at);
+}
+inline void cp_async_bulk_tensor_4d_im2col_store(const CUtensorMap* map, uint32_t source, int c, int w, int h, int n,
+                                                 FASTCONV_HERE) {
+  emulator::tma_store(map, source, 4, true, {{c, w, h, n}}, at);
 }
 inline void cp_async_bulk_commit_group() { emulator::bulk_commit_group(); }
 template <int kPending>

@@ -186,10 +186,12 @@ void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, un
   issue(std::move(operation));
 }
 
-void tma_store(const CUtensorMap* map, uint32_t source, int rank, TmaCoordinates coordinates, Location at) {
+void tma_store(const CUtensorMap* map, uint32_t source, int rank, bool im2col, TmaCoordinates coordinates,
+               Location at) {
   Thread& thread = self();
   TmaOperation operation;
-  operation.map = read_map(map, rank, false, source, at);
+  operation.map = read_map(map, rank, im2col, source, at);
+  if (im2col) check_start(operation.map, coordinates, at);
   operation.store = true;
   operation.coordinates = coordinates;
   operation.shared = source;
