@@ -37,7 +37,7 @@ SHORT := sed -uE 's|^(\[[0-9]+/[0-9]+\]) .* -c [^ ]*/(csrc/[^ ]+) -o .*|\1 \2|; 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-setup: $(STAMP)/build $(STAMP)/data  ## everything the other targets need, and nothing else
+setup: $(STAMP)/build $(STAMP)/data  ## everything the other targets need (bench brings the other runtimes itself)
 
 demo: $(STAMP)/build $(STAMP)/data  ## train LeNet-5 on real digits with fastconv and with torch.nn, side by side
 	$(RUN) examples/train_lenet.py
@@ -123,7 +123,7 @@ $(STAMP)/venv: pyproject.toml | $(STAMP)/machine
 	@$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
 	@echo "compiling the kernels"
 	@$(BUILD)
-	@echo "installing fastconv and what its tests, benchmarks and checks need"
+	@echo "installing fastconv and what its tests and checks need"
 	@$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,demo,lint]"
 	@touch $@
 

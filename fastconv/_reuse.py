@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SMALLEST = 1 << 22  # bytes; below, the allocator keeps its blocks, and asking here would cost more than it saves
-SLACK = 2  # a block serves results down to this part of it, and leaves larger ones to those who need them
+KEPT = 256  # requests, several passes of a model; a block that nobody wanted for longer is given back
 _holders = getattr(torch._C, "_storage_Use_Count", None)
 
 
-class _Block(NamedTuple):
-    """``keeper`` holds the memory; ``alone`` is how its storage is held when nobody else does."""
+@dataclass
+class _Block:
+    """``keeper`` holds the memory; ``alone`` is how its storage is held when nobody else does; ``wanted`` is the number
+    of the last request that got it."""
 
     keeper: Tensor
     alone: tuple[int, int]
     size: int
+    wanted: int
 
     def is_free(self) -> bool:
         return _held(self.keeper) == self.alone
@@ -49,6 +53,7 @@ class Memory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: list[_Block] = []
+        self._requests = 0
 
     def __reduce__(self) -> Any:
         return Memory, ()
@@ -65,17 +70,24 @@ class Memory:
             return result.set_(self._block(size), 0, shape, strides)
 
     def _block(self, size: int) -> torch.UntypedStorage:
-        self._blocks = [block for block in self._blocks if not block.is_lent()]
-        free = [block for block in self._blocks if block.is_free()]
-        fitting = [block for block in free if size <= block.size <= SLACK * size]
-        if fitting:
-            return min(fitting, key=lambda block: block.size).keeper.untyped_storage()
-        # What is too small now was for smaller images or batches; what is too large may be wanted again.
-        small = {id(block) for block in free if block.size < size}
-        self._blocks = [block for block in self._blocks if id(block) not in small]
-        keeper = torch.empty(size, dtype=torch.uint8)
-        self._blocks.append(_Block(keeper, _held(keeper), size))
-        return keeper.untyped_storage()
+        self._requests += 1
+        free = [block for block in self._blocks if block.is_free() and not block.is_lent()]
+        # Only a block of this very size: a result's storage is copied and saved as a whole.
+        fitting = next((block for block in free if block.size == size), None)
+        # What is too small now was for smaller images or batches; what is too large may be wanted again, for a while.
+        dropped = {
+            id(block)
+            for block in free
+            if block is not fitting
+            and ((fitting is None and block.size < size) or self._requests - block.wanted > KEPT)
+        }
+        self._blocks = [block for block in self._blocks if id(block) not in dropped and not block.is_lent()]
+        if fitting is None:
+            keeper = torch.empty(size, dtype=torch.uint8)
+            fitting = _Block(keeper, _held(keeper), size, 0)
+            self._blocks.append(fitting)
+        fitting.wanted = self._requests
+        return fitting.keeper.untyped_storage()
 
     def bytes(self) -> int:
         """Of all blocks, in use or not."""

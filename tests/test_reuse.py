@@ -146,8 +146,31 @@ def test_blocks_that_became_too_small_are_let_go():
     model(images(0))
     model(images(0, batch=4))
     assert memory_of(model).bytes() == 2 * 4 * _reuse.SMALLEST
-    model(images(0, batch=3))  # fits into what is there
-    assert memory_of(model).bytes() == 2 * 4 * _reuse.SMALLEST
+    model(images(0, batch=3))  # a result's storage is as large as the result
+    assert memory_of(model).bytes() == 2 * (4 + 3) * _reuse.SMALLEST
+    for _ in range(_reuse.KEPT):
+        model(images(0, batch=3))
+    assert memory_of(model).bytes() == 2 * 3 * _reuse.SMALLEST
+
+
+@torch.no_grad()
+def test_a_saved_result_holds_nothing_else():
+    model = fused()
+    model(images(0, batch=2))
+    result = model(images(1))
+    assert result.untyped_storage().nbytes() == result.numel() * result.element_size()
+
+
+@torch.no_grad()
+def test_what_was_held_once_is_given_back(monkeypatch):
+    monkeypatch.setattr(_reuse, "KEPT", 8)
+    model = fused()
+    held = [model(images(seed)) for seed in range(20)]
+    assert memory_of(model).bytes() >= 20 * _reuse.SMALLEST
+    del held
+    for seed in range(10):
+        model(images(seed))
+    assert memory_of(model).bytes() <= 3 * _reuse.SMALLEST
 
 
 @torch.no_grad()

@@ -304,3 +304,23 @@ def test_the_gradient_of_the_input_has_the_same_condition(memory_format):
 def test_fused_layers_use_it():
     fused_conv2d(images(), filters(), padding=(1, 1, 1, 1), activation="relu")
     assert stats() == {"conv2d/winograd": 1}
+
+
+@FORMATS
+@pytest.mark.parametrize("every", [None, 12], ids=["one", "many"])
+def test_large_values_leave_no_trace_in_outputs_that_do_not_read_them(memory_format, every):
+    """At every place in a tile, on planes of several sizes, of every size; measured on the untouched outputs alone."""
+    weight = filters() * 0.04
+    norm = weight.double().square().sum((1, 2, 3)).sqrt().reshape(1, -1, 1, 1)
+    worst = 0.0
+    for size, place, value in itertools.product((16, 20, 28), range(16), (4.0, 30.0, 1e3, 1e6, 1e15)):
+        x, large = images(2, size=size), torch.zeros(1, 1, size, size, dtype=torch.bool)
+        where = slice(place // 4 + 4, None, every or size), slice(place % 4 + 4, None, every or size)
+        large[(..., *where)] = True
+        x = torch.where(large & (torch.arange(64) % 7 == 5).reshape(1, -1, 1, 1), value, x)
+        touched = F.max_pool2d(large.float(), 3, 1, 1) > 0
+        found = functional.conv2d(x.contiguous(memory_format=memory_format), weight, padding=1)
+        exact = F.conv2d(x.double(), weight.double(), padding=1)
+        worst = max(worst, ((found.double() - exact).abs() / norm).masked_fill(touched, 0).max().item())
+    scale = 8.0  # the RMS of a pixel over 64 channels; every other value is of order 1
+    assert worst < BOUND * scale, worst / scale

@@ -38,6 +38,8 @@ inline bool channel_rows_serve(const GemmConv& p) {
   constexpr int64_t kChannels = 16, kDepth = 640, kHalo = 16;
   if (p.groups != 1 || p.c == 0 || p.c > kChannels || p.tap_count < 2 || p.c * p.tap_count > kDepth) return false;
   if (p.x_strides.c != 1 || p.x_strides.w != p.c || p.j < kTileRows / 2) return false;
+  // A task is whole rows: long ones would be too large a copy, and a single one no work for other threads.
+  if (p.j > 4096) return false;
   const PaddedRows taps(p, 1);
   return taps.last_row - taps.first_row <= kHalo && taps.last_column - taps.first_column <= kHalo;
 }

@@ -23,14 +23,29 @@ class Image {
       largest = energies_[pixel] > largest ? energies_[pixel] : largest;
     }
     // Squares of smaller numbers than about 1e-15 lose digits. A NaN fails every comparison.
-    const double mean = sum / static_cast<double>(p_.h * p_.w);
-    bool meets = mean > 1e-30 && sum <= std::numeric_limits<float>::max();
+    const double mean = sum <= std::numeric_limits<float>::max() ? level(sum / static_cast<double>(p_.h * p_.w)) : 0;
+    bool meets = mean > 1e-30;
     for (int64_t i = 0; i < p_.i && meets; i += kWinogradOutputs)
       for (int64_t j = 0; j < p_.j && meets; j += kWinogradOutputs) meets = tile_meets(i, j, mean);
     return meets ? largest : std::numeric_limits<double>::quiet_NaN();
   }
 
  private:
+  /// The mean without what a few pixels add: each counts for at most 8 times the mean, again and again. Where fewer than
+  /// an eighth of the pixels hold all the rest, that is the level of the others, however large those few are.
+  double level(double mean) const {
+    constexpr int kRounds = 64;
+    for (int round = 0; round < kRounds; ++round) {
+      const double most = 8 * mean;
+      double sum = 0;
+      for (int64_t pixel = 0; pixel < p_.h * p_.w; ++pixel) sum += energies_[pixel] < most ? energies_[pixel] : most;
+      const double clipped = sum / static_cast<double>(p_.h * p_.w);
+      if (!(clipped < 0.99 * mean)) return clipped;
+      mean = clipped;
+    }
+    return mean;
+  }
+
   /// True if the tile is not far above the image's mean, or not far above what each of its outputs reads.
   bool tile_meets(int64_t i, int64_t j, double mean) const {
     const double allowed = tile_mean(i, j) / (kLargest * kLargest);

@@ -51,6 +51,7 @@ inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
   if (pass == ConvPass::weight_grad) return "its weight gradient is that of tiled";
   const bool forward = pass == ConvPass::forward;
   const int64_t rows = forward ? p.p() : p.h, columns = forward ? p.q() : p.w;
+  if (p.h * p.w == 0) return "there are no pixels to judge its condition by";
   if (min_of(p.c, p.k) < (p.layout == Layout::nchw ? 48 : 32))
     return "so few channels do not pay for the transforms of inputs and outputs";
   // More than the allocator reuses from call to call, and every page of fresh memory costs as much as its products.
