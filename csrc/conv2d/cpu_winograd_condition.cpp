@@ -31,8 +31,8 @@ class Image {
   }
 
  private:
-  /// The mean without what a few pixels add: each counts for at most 8 times the mean, again and again. Where fewer than
-  /// an eighth of the pixels hold all the rest, that is the level of the others, however large those few are.
+  /// The mean without what a few pixels add: each counts for at most 8 times the mean, again and again. Where fewer
+  /// than an eighth of the pixels hold all the rest, that is the level of the others, however large those few are.
   double level(double mean) const {
     constexpr int kRounds = 64;
     for (int round = 0; round < kRounds; ++round) {
