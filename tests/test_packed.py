@@ -128,6 +128,23 @@ def test_images_outside_the_condition_go_to_direct(memory_format):
     assert torch.equal(found[1:], torch.ops.fastconv.conv2d_fused(x[1:], *arguments, "direct"))
 
 
+@pytest.mark.parametrize(("channels", "size"), [(32, 7), (512, 7), (64, 14), (512, 14)])
+@torch.no_grad()
+def test_errors_on_small_maps(channels, size):
+    """Maps that have Winograd only with kept filters: the bound of test_winograd_choice.py."""
+    model = fused(channels, channels)
+    layer, x = layer_of(model), images(channels, size, 2).relu()
+    layer.activation = "none"
+    reset_stats()
+    found = layer(x.to(memory_format=torch.channels_last))
+    assert [key for key in stats() if key.startswith("conv2d")] == ["conv2d/winograd"]
+    shift = layer.bias.double()
+    wanted = nn.functional.conv2d(x.double(), layer.weight.double(), shift, padding=1)
+    energy = x.double().square().mean((1, 2, 3)).sqrt().reshape(-1, 1, 1, 1)
+    norm = layer.weight.double().square().sum((1, 2, 3)).sqrt().reshape(1, -1, 1, 1)
+    assert ((found - wanted).abs() / (norm * energy)).max() < 2e-5
+
+
 def added(layer: Any) -> None:
     layer.weight.add_(1.0)
 
