@@ -127,7 +127,8 @@ void add_choice(py::dict& plan, const ConvCandidate<Id> (&candidates)[count], Id
 
 py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& stride, const Shape& padding,
                      const Shape& dilation, int64_t groups, bool channels_last, const std::string& dtype,
-                     const std::string& pass_name, const std::optional<std::string>& algo, const std::string& device) {
+                     const std::string& pass_name, const std::optional<std::string>& algo, const std::string& device,
+                     bool packed) {
   ConvProblem p = conv_problem(input, weight, stride, padding, dilation, groups);
   p.layout = channels_last ? Layout::nhwc : Layout::nchw;
   p.dtype = dtype_named(dtype);
@@ -139,7 +140,8 @@ py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& strid
     add_choice(plan, kCudaConvCandidates, select_cuda_conv2d(p, pass, asked), p, pass,
                [](auto&) { return py::none(); });
   } else {
-    const Kernel chosen = select_conv2d(p, pass, asked);
+    const bool kept = packed && asked.empty() && pass == ConvPass::forward;
+    const Kernel chosen = kept ? select_packed_conv2d(p) : select_conv2d(p, pass, asked);
     add_choice(plan, kConvCandidates, chosen, p, pass, [&](auto& name) { return tile_of(name, p, pass); });
     if (const char* condition = winograd_condition(chosen); condition != nullptr && asked.empty())
       plan["condition"] = condition;
@@ -228,10 +230,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How the native code was compiled");
   m.def("plan_conv2d", &plan_conv2d, py::arg("input_shape"), py::arg("weight_shape"), py::kw_only(), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"),
-        py::arg("pass_name"), py::arg("algo") = py::none(), py::arg("device") = "cpu",
+        py::arg("pass_name"), py::arg("algo") = py::none(), py::arg("device") = "cpu", py::arg("packed") = false,
         "The kernel that serves a convolution and on what condition, why others do not, its tile, FLOPs and bytes. "
-        "Raises "
-        "RuntimeError if `algo` refuses.");
+        "`packed`: on the CPU, with conv2d_pack's result. Raises RuntimeError if `algo` refuses.");
   m.def("plan_pool", &plan_pool, py::arg("op"), py::arg("input_shape"), py::kw_only(), py::arg("kernel"),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("ceil_mode"), py::arg("divisor_override"),
         py::arg("dtype"), py::arg("device") = "cpu",

@@ -25,12 +25,14 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
       "int[4] padding, int[2] dilation, int groups, int activation, str? algo) -> Tensor");
   m.def(
       "conv2d_fused.eager(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
-      "geometry, "
-      "int groups, int activation) -> Tensor");
+      "geometry, int groups, int activation, Tensor? packed=None) -> Tensor");
   // Into memory that is there already: output is of the result's shape, and dense in its layout.
   m.def(
       "conv2d_fused.eager_into(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
-      "geometry, int groups, int activation, Tensor(a!) output) -> Tensor(a!)");
+      "geometry, int groups, int activation, Tensor(a!) output, Tensor? packed=None) -> Tensor(a!)");
+  // The weight in a kernel's own form, for the `packed` of these two: on the CPU, where Winograd serves it. The caller
+  // answers for its being of this weight.
+  m.def("conv2d_pack(Tensor weight, int[8] geometry, int groups, bool channels_last) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, "
       "int[2] dilation, int groups, str? algo) -> Tensor");

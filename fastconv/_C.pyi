@@ -18,6 +18,7 @@ def plan_conv2d(
     pass_name: str,
     algo: str | None = None,
     device: str = "cpu",
+    packed: bool = False,
 ) -> dict[str, Any]: ...
 def plan_pool(
     op: str,

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from fastconv import tuning
 from fastconv._library import EMULATED, cuda_problem, ops
+from fastconv._packed import PackedWeight
 from fastconv._reuse import SMALLEST, Memory
 from fastconv.ops._autograd import suggested_format
 from fastconv.ops.conv2d import output_size
@@ -115,6 +116,7 @@ def conv2d_fused(
     groups: Any,
     activation: int,
     memory: Memory | None = None,
+    packed: PackedWeight | None = None,
 ) -> Tensor | None:
     if not _is_plain_conv(input):
         return None
@@ -127,11 +129,13 @@ def conv2d_fused(
         return None
     geometry = strides + padding + dilations
     try:
+        form = None if packed is None else packed.find(input, weight, geometry, groups)
+        last = () if form is None else (form,)
         output = None if memory is None else _kept_output(memory, input, weight, strides, padding, dilations)
         if output is not None:
-            _conv2d_fused_into(input, weight, scale, shift, residual, geometry, groups, activation, output)
+            _conv2d_fused_into(input, weight, scale, shift, residual, geometry, groups, activation, output, *last)
             return output
-        result: Tensor = _conv2d_fused(input, weight, scale, shift, residual, geometry, groups, activation)
+        result: Tensor = _conv2d_fused(input, weight, scale, shift, residual, geometry, groups, activation, *last)
     except RuntimeError:
         return None
     return result

@@ -15,6 +15,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fastconv._graph_fusion import IN_PLACE_OPERATORS, fuse_graph, layer_of
 from fastconv._module_copy import copy_structure, layer_type, opaque_reason, own_tensors
+from fastconv._packed import PackedWeight
 from fastconv._report import ConversionReport, Entry, attach
 from fastconv._reuse import Memory
 from fastconv.convert import TO_FASTCONV, exchange_layer, named_layers, require_model
@@ -40,6 +41,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Results of 4 MiB and more, of calls without gradients on the CPU, take memory that the model keeps and uses again
     once nobody holds the result.
+
+    In such calls 3x3 layers also keep their weights in a transformed form (Winograd), four times their size and 64 MiB
+    a layer at most, made at the first call that has a use for it, and again after the weight was replaced, loaded, cast
+    or written to by an operator in place. What writes without counting up the weight's version (``weight.data``,
+    ``weight.numpy()``) is not noticed; call ``model.train().eval()`` after it, which drops what is kept. Weights that
+    were made in inference mode count no versions and are never kept.
 
     Args:
         model: a module in eval mode; it is not changed.
@@ -67,6 +74,8 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in result.modules():
         if isinstance(module, FusedConv2d):
             module.memory = memory
+            if module.weight.shape[2:] == (3, 3) and module.stride == module.dilation == (1, 1) and module.groups == 1:
+                module.packed = PackedWeight()
     attach(result, report)
     if isinstance(result, fx.GraphModule):
         result.meta[_USER_PRESERVED_ATTRIBUTES_KEY]["fastconv_report"] = report

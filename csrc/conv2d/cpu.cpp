@@ -64,7 +64,7 @@ struct CpuChoice {
 };
 
 /// One product by the kernel of its pass.
-void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype) {
+void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype, const float* packed = nullptr) {
   const Conv2dKernels& kernels = *conv2d_kernels();
   switch (kernel) {
     case Kernel::conv2d_naive:
@@ -75,23 +75,24 @@ void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dt
       return kernels.rows(product, dtype);
     case Kernel::conv2d_winograd:
     case Kernel::conv2d_input_grad_winograd:
-      return WinogradProduct(kernels, product, layout, dtype).run(product);
+      return WinogradProduct(kernels, product, layout, dtype, packed).run(product);
     default:
       return kernels.tiled(&product, 1, layout, dtype);
   }
 }
 
 /// One product; every kernel that computes an image of it is counted, once.
-void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout, DType dtype) {
+void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout, DType dtype,
+                const float* packed = nullptr) {
   if (!choice.otherwise) {
     count_call(choice.kernel);
-    return run_product(choice.kernel, product, layout, dtype);
+    return run_product(choice.kernel, product, layout, dtype, packed);
   }
   const std::vector<double> energies = winograd_energies(*conv2d_kernels(), product, layout, dtype);
   const auto at = [&](int64_t image) { return energies[static_cast<std::size_t>(image)]; };
   std::optional<WinogradProduct> winograd;
   const bool any = std::any_of(energies.begin(), energies.end(), [](double energy) { return energy >= 0; });
-  if (any) winograd.emplace(*conv2d_kernels(), product, layout, dtype);
+  if (any) winograd.emplace(*conv2d_kernels(), product, layout, dtype, packed);
   const auto fits = [&](int64_t image) {
     return winograd && at(image) >= 0 && winograd->stays_finite(product, at(image));
   };
@@ -105,11 +106,52 @@ void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout,
   });
 }
 
+/// Elements of conv2d_pack's result. One more in NHWC, so that neither layout's filters are taken for the other's.
+int64_t packed_elems(const GemmConv& product, Layout layout) {
+  return conv2d_kernels()->winograd_filter_elems(product, layout) + (layout == Layout::nhwc ? 1 : 0);
+}
+
+/// The filters in `packed` if they can serve the problem, else null; raises if they are of another one.
+const float* packed_filters(const Tensor* packed, const ConvProblem& p, const GemmConv& product) {
+  if (packed == nullptr || refuse_packed(p) != nullptr) return nullptr;
+  require(packed->is_cpu() && packed->is_contiguous() && packed->scalar_type() == torch::headeronly::ScalarType::Float,
+          "conv2d_fused: packed is expected to be what conv2d_pack gave");
+  const int64_t wanted = packed_elems(product, p.layout);
+  require(packed->numel() == wanted, "conv2d_fused: packed has ", packed->numel(), " elements, expected ", wanted,
+          "; pack this weight for this memory format (conv2d_pack)");
+  return static_cast<const float*>(packed->const_data_ptr());
+}
+
 struct CpuConv2d {
+  static constexpr bool kPacks = true;
+
+  static CpuChoice with_condition(Kernel kernel, const ConvProblem& p, ConvPass pass) {
+    if (winograd_condition(kernel) == nullptr) return {kernel, std::nullopt};
+    return {kernel, select_conv2d(p, pass, "direct")};
+  }
+
   static CpuChoice select(const ConvProblem& p, ConvPass pass, std::string_view algo) {
     const Kernel kernel = select_conv2d(p, pass, algo);
-    if (!algo.empty() || winograd_condition(kernel) == nullptr) return {kernel, std::nullopt};
-    return {kernel, select_conv2d(p, pass, "direct")};
+    return algo.empty() ? with_condition(kernel, p, pass) : CpuChoice{kernel, std::nullopt};
+  }
+
+  static CpuChoice select_packed(const ConvProblem& p) {
+    return with_condition(select_packed_conv2d(p), p, ConvPass::forward);
+  }
+
+  /// Transformed filters, which any image of at least 4x4 pixels may use.
+  static Tensor pack(ConvProblem p, const Tensor& weight) {
+    p.n = 1, p.h = p.w = 4;
+    const char* reason = refuse_packed(p);
+    require(reason == nullptr, "conv2d_pack: only Winograd keeps filters, and ", reason ? reason : "");
+    std::vector<Tap> taps;
+    const GemmConv product = forward_product(p, nullptr, weight.const_data_ptr(), nullptr, taps);
+    const int64_t elems = packed_elems(product, p.layout);
+    Tensor packed = torch::stable::empty({&elems, 1}, torch::headeronly::ScalarType::Float);
+    auto* filters = static_cast<float*>(packed.mutable_data_ptr());
+    filters[elems - 1] = 0;
+    conv2d_kernels()->winograd_filters(product, p.layout, p.dtype, filters);
+    return packed;
   }
 
   static void forward(const CpuChoice& choice, const ConvProblem& p, const Tensor& x, const Tensor& weight,
@@ -125,7 +167,7 @@ struct CpuConv2d {
     std::vector<Tap> taps;
     GemmConv product = forward_product(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), taps);
     product.epilogue = epilogue;
-    run_choice(choice, product, p.layout, p.dtype);
+    run_choice(choice, product, p.layout, p.dtype, packed_filters(fused.packed, p, product));
   }
 
   static void input_grad(const CpuChoice& choice, const ConvProblem& p, const Tensor& grad, const Tensor& weight,

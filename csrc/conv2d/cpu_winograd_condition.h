@@ -11,24 +11,25 @@
 
 namespace fastconv {
 
-/// A product as Winograd computes it, with its transformed filters.
+/// A product as Winograd computes it, with its transformed filters: its own, or those that conv2d_pack made.
 class WinogradProduct {
  public:
-  WinogradProduct(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype)
+  WinogradProduct(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype, const float* packed)
       : kernels_(kernels),
         layout_(layout),
         dtype_(dtype),
         elems_(kernels.winograd_filter_elems(p, layout)),
-        filters_(elems_ * static_cast<int64_t>(sizeof(float))) {
-    kernels.winograd_filters(p, layout, dtype, filters_.as<float>());
+        own_(packed ? 0 : elems_ * static_cast<int64_t>(sizeof(float))),
+        filters_(packed ? packed : own_.as<float>()) {
+    if (!packed) kernels.winograd_filters(p, layout, dtype, own_.as<float>());
   }
 
-  void run(const GemmConv& p) const { kernels_.winograd(p, layout_, dtype_, filters_.as<float>()); }
+  void run(const GemmConv& p) const { kernels_.winograd(p, layout_, dtype_, filters_); }
 
   /// False if a number on the way could be infinite, for pixels of at most this sum of squares.
   bool stays_finite(const GemmConv& p, double largest_energy) const {
     // The transforms gain at most a factor of 25 in the inputs, 2.2 in the filters, 55 in the outputs.
-    const double peak = filters_.as<float>()[elems_ - 1];
+    const double peak = filters_[elems_ - 1];
     const double gain = 25 * 2.2 * 55 * static_cast<double>(p.c);
     return gain * peak * std::sqrt(largest_energy) < std::numeric_limits<float>::max();
   }
@@ -38,7 +39,8 @@ class WinogradProduct {
   Layout layout_;
   DType dtype_;
   int64_t elems_;
-  Scratch filters_;
+  Scratch own_;
+  const float* filters_;
 };
 
 /// For each image, from it alone: the largest sum of squares of a pixel, or NaN if the image does not meet the

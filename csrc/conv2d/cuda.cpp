@@ -27,6 +27,8 @@ class ChannelOperand {
 [[noreturn]] void no_launcher() { throw std::logic_error("the chosen kernel has no launcher for this pass"); }
 
 struct CudaConv2d {
+  static constexpr bool kPacks = false;
+
   static CudaKernel select(const ConvProblem& p, ConvPass pass, std::string_view algo) {
     return select_cuda_conv2d(p, pass, algo);
   }

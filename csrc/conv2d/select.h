@@ -62,6 +62,25 @@ inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
   return nullptr;
 }
 
+/// Null if transformed filters that were kept (conv2d_pack) can serve a forward pass, else the reason.
+inline const char* refuse_packed(const ConvProblem& p) {
+  if (const char* reason = refuse_winograd(p, ConvPass::forward)) return reason;
+  // On smaller ones taps that never meet the image are moved (cpu_plan.cpp), and the filters with them.
+  return min_of(p.h, p.w) < 4 ? "images of fewer than 4 rows or columns have filters of their own" : nullptr;
+}
+
+/// As avoid_winograd, where the transform of the filters costs nothing. Measured; csrc/conv2d/README.md.
+inline const char* avoid_packed(const ConvProblem& p) {
+  const bool nchw = p.layout == Layout::nchw;
+  const int64_t rows = p.p(), columns = p.q();
+  if (avoid_winograd(p, ConvPass::forward) == nullptr) return nullptr;
+  if (min_of(p.c, p.k) < (nchw ? 256 : 32)) return "so few channels do not pay for the transforms";
+  if (min_of(rows, columns) < (nchw ? 14 : 7)) return "so few tiles leave vectors empty";
+  if (36 * 4 * p.c * p.k > 64 << 20) return "a layer keeps 64 MiB of filters at most";
+  if (2 * round_up(rows, 4) * round_up(columns, 4) > 3 * rows * columns) return "its tiles would hang over the edge";
+  return nullptr;
+}
+
 inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
     {"winograd", Kernel::conv2d_winograd, Kernel::conv2d_input_grad_winograd, Kernel::conv2d_weight_grad_tiled,
      &refuse_winograd, &avoid_winograd},
@@ -85,6 +104,12 @@ inline Kernel select_conv2d(const ConvProblem& problem, ConvPass pass, std::stri
       if (candidate.algo != "winograd" && !candidate.refuse(problem, pass) && !candidate.avoid(problem, pass))
         return candidate.kernel(pass);
   return select_conv2d(kConvCandidates, problem, pass, algo);
+}
+
+/// The kernel of a forward pass that has kept filters.
+inline Kernel select_packed_conv2d(const ConvProblem& problem) {
+  if (!refuse_packed(problem) && !avoid_packed(problem)) return Kernel::conv2d_winograd;
+  return select_conv2d(problem, ConvPass::forward, "");
 }
 
 /// The values that a kernel is chosen for, when it is not named; null if it is all. Other images go to the kernel of
