@@ -16,6 +16,7 @@ from fastconv._library import EMULATED, ops
 from fastconv._reuse import Memory
 from fastconv.ops._autograd import suggested_format
 
+CHANNELS = 32  # with fewer no kernel reads packed weights (csrc/conv2d/select.h), and asking takes a microsecond
 INPUTS = 64  # kinds of inputs whose kernel is remembered; a layer that sees more starts anew
 
 
@@ -80,6 +81,14 @@ def _pack(forms: _Forms, input: Tensor, weight: Tensor, geometry: tuple[int, ...
     if last not in forms.by_layout:
         forms.by_layout[last] = ops.conv2d_pack(weight, geometry, groups, last)
     return forms.by_layout[last]
+
+
+def may_pack(layer: Any) -> bool:
+    """Whether a convolution has a packed form that some image may want."""
+    filters, depth, *kernel = layer.weight.shape
+    if kernel != [3, 3] or layer.stride != (1, 1) or layer.dilation != (1, 1) or layer.groups != 1:
+        return False
+    return bool(min(filters, depth) >= CHANNELS)
 
 
 class KeepsPacked(nn.Module):

@@ -15,7 +15,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fastconv._graph_fusion import IN_PLACE_OPERATORS, fuse_graph, layer_of
 from fastconv._module_copy import copy_structure, layer_type, opaque_reason, own_tensors
-from fastconv._packed import PackedWeight
+from fastconv._packed import PackedWeight, may_pack
 from fastconv._report import ConversionReport, Entry, attach
 from fastconv._reuse import Memory
 from fastconv.convert import TO_FASTCONV, exchange_layer, named_layers, require_model
@@ -74,8 +74,7 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in result.modules():
         if isinstance(module, FusedConv2d):
             module.memory = memory
-            if module.weight.shape[2:] == (3, 3) and module.stride == module.dilation == (1, 1) and module.groups == 1:
-                module.packed = PackedWeight()
+            module.packed = PackedWeight() if may_pack(module) else None
     attach(result, report)
     if isinstance(result, fx.GraphModule):
         result.meta[_USER_PRESERVED_ATTRIBUTES_KEY]["fastconv_report"] = report

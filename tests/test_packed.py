@@ -112,6 +112,8 @@ def test_no_form_is_made_where_no_kernel_reads_it():
     assert 36 << 20 <= kept(model) <= 40 << 20
     strided = fastconv.fuse(nn.Sequential(nn.Conv2d(64, 64, 3, stride=2), nn.ReLU()).eval())
     assert layer_of(strided).packed is None
+    assert layer_of(fused(64, 31)).packed is None
+    assert layer_of(fused(32, 32)).packed is not None
 
 
 @FORMATS
