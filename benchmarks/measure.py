@@ -231,7 +231,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds_each: flo
         (convolution_flops, lambda: torch.nn.functional.conv2d(images, weight, padding=1)),
     ]
     if not cuda:
-        calls.append((convolution_flops, lambda: conv2d(images, weight, *params)))
+        calls.append((convolution_flops, lambda: conv2d(images, weight, *params, "direct")))
     source = torch.ones(1 << (28 if cuda else 25), device=device)  # larger than any cache
     target = torch.empty_like(source)
     return Ceilings(
