@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def(
       "conv2d_fused.eager(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
       "geometry, int groups, int activation, Tensor? packed=None) -> Tensor");
-  // Into memory that is there already: output is of the result's shape, dense in its layout, and apart from all operands.
+  // Into memory that is there already: output is of the result's shape, dense in its layout, and apart from all
+  // operands.
   m.def(
       "conv2d_fused.eager_into(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
       "geometry, int groups, int activation, Tensor(a!) output, Tensor? packed=None) -> Tensor(a!)");
