@@ -71,7 +71,8 @@ class Memory:
 
     def _block(self, size: int) -> torch.UntypedStorage:
         self._requests += 1
-        free = [block for block in self._blocks if block.is_free() and not block.is_lent()]
+        self._blocks = [block for block in self._blocks if not block.is_lent()]
+        free = [block for block in self._blocks if block.is_free()]
         # Only a block of this very size: a result's storage is copied and saved as a whole.
         fitting = next((block for block in free if block.size == size), None)
         # What is too small now was for smaller images or batches; what is too large may be wanted again, for a while.
@@ -81,7 +82,7 @@ class Memory:
             if block is not fitting
             and ((fitting is None and block.size < size) or self._requests - block.wanted > KEPT)
         }
-        self._blocks = [block for block in self._blocks if id(block) not in dropped and not block.is_lent()]
+        self._blocks = [block for block in self._blocks if id(block) not in dropped]
         if fitting is None:
             keeper = torch.empty(size, dtype=torch.uint8)
             fitting = _Block(keeper, _held(keeper), size, 0)

@@ -52,9 +52,9 @@ def doctor() -> int:
         _line(f"backend {name}", unavailable(name) or "has kernels")
     _section("kernels")
     devices = ["cpu"] if EMULATED or unavailable("cuda") else ["cpu", "cuda"]
-    for device in devices:
-        for op, algos in _kernels_by_op("cuda" if EMULATED else device).items():
-            _line(kernel_key("cuda" if EMULATED else device, op), ", ".join(algos))
+    for family in ["cuda"] if EMULATED else devices:
+        for op, algos in _kernels_by_op(family).items():
+            _line(kernel_key(family, op), ", ".join(algos))
     failures = 0
     for device in devices:
         _section(f"self-check{', CUDA kernels emulated,' if EMULATED else f' on {device}'} against float64")

@@ -11,7 +11,7 @@ from reference import GUARD, assert_as_good, assert_within, guarded, or_from_flo
 from torch import Tensor
 
 from fastconv import functional
-from fastconv.stats import stats
+from fastconv.stats import reset_stats, stats
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -219,3 +219,18 @@ def test_windows_that_see_padding_only(dtype, memory_format):
     assert (output == float("-inf")).all()
     [grad] = torch.autograd.grad(output.sum(), image)
     assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_window_that_hangs_over_the_end_altogether(recording):
+    """With ceil_mode a window may be larger than the input; a step of any length leaves one window."""
+    x = torch.tensor([[[[3.0, 5.0]]]], requires_grad=recording)
+    for name in ("max_pool2d", "avg_pool2d"):
+        for arguments in ((2, 2), (2, 10**8)):
+            reset_stats()
+            found = getattr(functional, name)(x, *arguments, ceil_mode=True)
+            wanted = getattr(torch.nn.functional, name)(x, 2, 2, ceil_mode=True)
+            assert torch.equal(found, wanted)
+            assert {key.split("/")[0] for key in stats()} <= {name, "max_pool2d_with_offsets"}
+            if recording:
+                assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (found, wanted)))
