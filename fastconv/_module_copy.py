@@ -80,12 +80,13 @@ def _copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
         return module
     twin: nn.Module
     if isinstance(module, fx.GraphModule):
-        twin = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
+        own = type(module).__bases__[0]  # torch makes a class for each GraphModule
+        twin = own(module, copy.deepcopy(module.graph), type(module).__name__)
     else:
         twin = object.__new__(type(module))
     copies[id(module)] = twin
     for name, value in module.__dict__.items():
-        if name not in ("_graph", "_code", "_compiled_call_impl"):
+        if name not in ("_graph", "_code", "_compiled_call_impl", "_networks"):
             twin.__dict__[name] = copy.copy(value) if name in _INTERNALS else value
     if is_class_own(module):
         set_layer_type(twin, layer_type(module))

@@ -34,12 +34,14 @@ class PackedWeight:
 
     def __init__(self) -> None:
         self._forms: _Forms | None = None
+        self.cleared = 0  # times
 
     def __reduce__(self) -> Any:
         return PackedWeight, ()
 
     def clear(self) -> None:
         self._forms = None
+        self.cleared += 1
 
     def bytes(self) -> int:
         forms = self._forms

@@ -15,6 +15,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fastconv._graph_fusion import IN_PLACE_OPERATORS, fuse_graph, layer_of
 from fastconv._module_copy import copy_structure, layer_type, opaque_reason, own_tensors
+from fastconv._network import FusedGraph
 from fastconv._packed import PackedWeight, may_pack
 from fastconv._report import ConversionReport, Entry, attach
 from fastconv._reuse import Memory
@@ -193,7 +194,7 @@ class _Fuser:
                     parent, _, name = str(node.target).rpartition(".")
                     module.get_submodule(parent)._modules[name] = fused
         fuse_graph(module, graph, prefix, self.report)
-        result = fx.GraphModule(module, graph, type(module).__name__)
+        result = FusedGraph(module, graph, type(module).__name__)
         for name, part in result.named_modules():
             original = module.get_submodule(name)  # fx makes every buffer persistent
             part._non_persistent_buffers_set = original._non_persistent_buffers_set & set(part._buffers)

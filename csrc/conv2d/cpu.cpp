@@ -217,6 +217,20 @@ struct CpuConv2d {
 };
 
 }  // namespace
+
+void convolve_kept(const ConvProblem& p, const void* x, const void* weight, const Tensor* packed,
+                   const Epilogue& epilogue, void* y) {
+  const CpuChoice choice = packed ? CpuConv2d::select_packed(p) : CpuConv2d::select(p, ConvPass::forward, "");
+  if (choice.kernel == Kernel::depthwise) {
+    count_call(choice.kernel);
+    depthwise_kernels()->forward(p, x, weight, y, epilogue);
+    return;
+  }
+  std::vector<Tap> taps;
+  GemmConv product = forward_product(p, x, weight, y, taps);
+  product.epilogue = epilogue;
+  run_choice(choice, product, p.layout, p.dtype, packed_filters(packed, p, product));
+}
 }  // namespace fastconv
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) { fastconv::Conv2dOps<fastconv::CpuConv2d>::add_to(m); }

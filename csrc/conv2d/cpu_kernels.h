@@ -3,6 +3,7 @@
 
 #include "conv2d/cpu_channel_lanes.h"
 #include "conv2d/cpu_channel_rows.h"
+#include "conv2d/cpu_dense_rows.h"
 #include "conv2d/cpu_energies.h"
 #include "conv2d/cpu_pixel_lanes.h"
 #include "conv2d/cpu_rows.h"
@@ -65,6 +66,7 @@ inline constexpr Conv2dKernels kConv2dKernels = {
     [](const GemmConv* products, int64_t count, Layout layout, DType dtype) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
+        if (count == 1 && dense_rows_serve(products[0])) return convolve_dense_rows<T>(products[0]);
         if (layout == Layout::nchw) return convolve_pixel_lanes<T>(products, count);
         for (int64_t i = 0; i < count; ++i)
           channel_rows_serve(products[i]) ? convolve_channel_rows<T>(products[i])
