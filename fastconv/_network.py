@@ -10,7 +10,7 @@ graph as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fastconv.fused import has_hooks
 from fastconv.ops._autograd import suggested_format
 
 _has_global_hook = nn.modules.module._has_any_global_hook
-_network = None if EMULATED else _eager._direct(ops.network.default)
+_network: Any = None if EMULATED else _eager._direct(ops.network.default)
 PLANS = 16  # kinds of inputs that a run remembers; one that sees more starts anew
 
 
@@ -44,7 +44,7 @@ class FusedGraph(fx.GraphModule):
         return super().__call__(*args, **kwargs)
 
     def _is_watched(self) -> bool:
-        return bool(self.training or has_hooks(self) or _has_global_hook())
+        return bool(self.training or has_hooks(self) or _has_global_hook())  # type: ignore[no-untyped-call]
 
     def recompile(self) -> Any:
         self._forget()
@@ -122,7 +122,7 @@ class Network:
     """A graph cut into runs and single nodes, for calls with or without gradients, of few images or many."""
 
     def __init__(self, model: FusedGraph, owner: Networks, grads: bool, few: bool) -> None:
-        self.model, self.owner = model, owner
+        self.model, self.owner, self.grads = model, owner, grads
         self.places: list[tuple[dict[str, Any], str, nn.Module]] = []  # where the layers of runs are
         self.packed: list[tuple[PackedWeight, int]] = []
         self.tensors: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
@@ -248,7 +248,10 @@ class Run:
 
     def __call__(self, network: Network, values: dict[fx.Node, Any]) -> None:
         inputs = [_dense(values[node]) for node in self.inputs]
-        key = tuple((x.shape, x.stride(), x.dtype) if type(x) is Tensor else None for x in inputs)
+        key = tuple(
+            (x.shape, x.stride(), x.dtype, network.grads and x.requires_grad) if type(x) is Tensor else None
+            for x in inputs
+        )
         try:
             plan = self.plans[key]
         except KeyError:
@@ -273,6 +276,8 @@ class Run:
             for node, tensor in zip(self.inputs, inputs, strict=True):
                 if type(tensor) is not Tensor or not tensor.is_cpu:
                     raise Unplannable("an input is no plain tensor")
+                if network.grads and tensor.requires_grad:
+                    raise Unplannable("an input wants a gradient")
                 builder.add_input(node, tensor)
             for node, emit, layer in self.nodes:
                 emit(builder, node, layer)

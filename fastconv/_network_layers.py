@@ -14,8 +14,8 @@ from fastconv._eager import _two
 from fastconv._network_plan import ADAPTIVE_AVERAGE_POOL, AVERAGE_POOL, MAX_POOL, Builder, Unplannable, Value
 from fastconv.fused import FusedConv2d, four_sides
 from fastconv.layers import AdaptiveAvgPool2d, AvgPool2d, Conv2d, GlobalAvgPool2d, MaxPool2d
-from fastconv.ops.conv2d_fused import activation_code
 from fastconv.ops._autograd import suggested_format
+from fastconv.ops.conv2d_fused import activation_code
 
 DENSE_BATCH = 32  # images at once; for more torch's nn.Linear is the better one
 Emit = Callable[[Builder, fx.Node, Any], None]
@@ -102,7 +102,7 @@ def _avg_pool2d(builder: Builder, node: fx.Node, layer: Any) -> None:
 
 def _adaptive_avg_pool2d(builder: Builder, node: fx.Node, layer: Any) -> None:
     input = builder.image(node.args[0])
-    size = node.args[1] if layer is None and len(node.args) > 1 else getattr(layer, "output_size", None)
+    size: Any = node.args[1] if layer is None and len(node.args) > 1 else getattr(layer, "output_size", None)
     if size is None:
         raise Unplannable("its output size is missing")
     output = _pooled(builder, node, input, lambda like: F.adaptive_avg_pool2d(like, size))
@@ -134,9 +134,7 @@ def _flatten(builder: Builder, node: fx.Node, layer: Any) -> None:
     if value.like.dim() != 4 or dims not in ((1, -1), (1,), (1, 3)):
         raise Unplannable("it does not flatten images")
     buffer = builder.contiguous(value)
-    builder.values[node] = Value(
-        torch.empty(value.like.shape, dtype=value.like.dtype, device="meta").flatten(1), buffer, False
-    )
+    builder.values[node] = Value(value.like.new_empty(value.like.shape).flatten(1), buffer, False)
 
 
 def _linear(builder: Builder, node: fx.Node, layer: nn.Linear) -> None:

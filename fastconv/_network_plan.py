@@ -1,7 +1,7 @@
 """Programs for ``torch.ops.fastconv.network``: steps on places in memory, for one run of layers and one kind of input.
 
-The numbers are those of ``csrc/network/network.h``. Activations lie in channels_last; what a run gives to others has the
-memory format that the layers by themselves would have given it.
+The numbers are those of ``csrc/network/network.h``. Activations lie in channels_last; what a run gives to others has
+the memory format that the layers by themselves would have given it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-// One pixel an image: a fully connected layer. Weights are read once, where they are, so that their memory is the bound.
+// One pixel an image: a fully connected layer. Weights are read once, where they are, so that their memory is the
+// bound.
 //
 // y[n, m] is the dot product of two rows, lanes along the depth. A register tile of outputs and images shares their
 // loads; a group of outputs takes the depth in chunks, so that the images' chunk and the outputs' stay in L2.
@@ -15,7 +16,7 @@ inline constexpr int kDenseImages = 6;  // 24 of 32 registers hold sums
 inline constexpr int kDenseImages = 2;
 #endif
 inline constexpr int kDenseOutputs = 4;
-inline constexpr int kDenseGroup = 64;      // outputs
+inline constexpr int kDenseGroup = 64;        // outputs
 inline constexpr int64_t kDenseDepth = 4096;  // elements of a chunk
 
 /// For many images panels pay for themselves.
