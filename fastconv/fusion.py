@@ -65,6 +65,12 @@ def fuse(model: nn.Module) -> nn.Module:
             "fastconv.fuse: the model is in training mode, where batch normalisation uses the statistics of each "
             "batch, which cannot be folded into weights; expected eval mode, call model.eval() first"
         )
+    # Tensors made in inference mode count no versions, so that nothing could be kept of them.
+    with torch.inference_mode(False), torch.no_grad():
+        return _fuse(model)
+
+
+def _fuse(model: nn.Module) -> nn.Module:
     report = ConversionReport("fuse")
     root = copy_structure(model)[id(model)]
     own_tensors(root)

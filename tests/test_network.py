@@ -87,6 +87,14 @@ def test_a_program_gives_what_the_layers_give(make, dtype, memory_format, poison
     assert sum(count for key, count in counts.items() if key.startswith("conv2d/")) >= 2 * (7 if make is small else 4)
 
 
+@torch.inference_mode()
+def test_fused_in_inference_mode():
+    model, x = fastconv.fuse(small()), images()
+    torch.testing.assert_close(model(x), model.forward(x), rtol=1e-5, atol=1e-5)
+    assert planned(model) == [True]
+    torch.testing.assert_close(model(x), model.forward(x), rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_every_kind_of_input_has_its_program():
     model = fastconv.fuse(backbone())
