@@ -97,7 +97,8 @@ def _copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
 
 def own_tensors(model: nn.Module) -> None:
     """Gives ``model``, a copy, parameters and buffers of its own on the same memory: to cast or freeze it leaves the
-    original as it was. A tensor that is used at several places stays one. Special kinds of parameters are shared."""
+    original as it was. A tensor that is used at several places stays one. Special kinds of parameters are shared, those
+    made in inference mode are copied."""
     owned: dict[int, Any] = {}
     for module in model.modules():
         if opaque_reason(module) is not None or is_uninitialised(module):
@@ -105,11 +106,17 @@ def own_tensors(model: nn.Module) -> None:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if type(tensor) is nn.Parameter and id(tensor) not in owned:
-                    owned[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+                    owned[id(tensor)] = nn.Parameter(_detached(tensor), tensor.requires_grad)
                 elif type(tensor) is torch.Tensor and id(tensor) not in owned:
-                    owned[id(tensor)] = tensor.detach()
+                    owned[id(tensor)] = _detached(tensor)
                 if tensor is not None:
                     tensors[name] = owned.get(id(tensor), tensor)
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    result = tensor.detach()
+    # Outside of inference mode nothing that was made in it can be trained, or shared with what can.
+    return result.clone() if result.is_inference() and not torch.is_inference_mode_enabled() else result
 
 
 def _redirect(value: Any, copies: dict[int, nn.Module], outer: frozenset[int] = frozenset()) -> Any:
