@@ -31,9 +31,9 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def(
       "conv2d_fused.eager_into(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
       "geometry, int groups, int activation, Tensor(a!) output, Tensor? packed=None) -> Tensor(a!)");
-  // The weight in a kernel's own form, for the `packed` of these two: on the CPU, where Winograd serves it. The caller
-  // answers for its being of this weight.
-  m.def("conv2d_pack(Tensor weight, int[8] geometry, int groups, bool channels_last) -> Tensor");
+  // The weight in the form of the kernel called `algo`, winograd or (channels_last) tiled, for the `packed` of these
+  // two: on the CPU. The caller answers for its being of this weight, and of the kernel that will be chosen.
+  m.def("conv2d_pack(Tensor weight, int[8] geometry, int groups, bool channels_last, str algo) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, "
       "int[2] dilation, int groups, str? algo) -> Tensor");

@@ -19,7 +19,7 @@ from fastconv.ops.conv2d import output_size
 
 MARK = 0x66636E01
 NOTHING = 2**63 - 1
-NUMBERS = 17
+NUMBERS = 18
 CONVOLVE, MAX_POOL, AVERAGE_POOL, ADAPTIVE_AVERAGE_POOL, TO_CHANNELS_LAST, TO_CONTIGUOUS = range(6)
 ALIGNMENT = 64  # bytes, of places in the workspace
 
@@ -170,14 +170,17 @@ class Builder:
             raise Unplannable("the residual does not fit the output")
         output = self.result(node, shape, suggested_format(like, weight), input)
         form = None if packed is None else self._packed(packed, input, weight, geometry)
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        if form is None and not last:  # its kernel would turn it round in every call
+            weight, last = weight.contiguous(memory_format=torch.channels_last), True
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.step(
             CONVOLVE,
             input.buffer,
             output,
-            (*like.shape, weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups, activation),
+            (*like.shape, weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups, activation, int(not last)),
             residual=None if residual is None else residual.buffer,
-            weight=self.constant(weight.contiguous(memory_format=torch.channels_last)),
+            weight=self.constant(weight if last else weight.contiguous()),
             shift=NOTHING if bias is None else self.constant(bias.to(wide).contiguous()),
             packed=NOTHING if form is None else self.constant(form),
         )

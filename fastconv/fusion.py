@@ -16,7 +16,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from fastconv._graph_fusion import IN_PLACE_OPERATORS, fuse_graph, layer_of
 from fastconv._module_copy import copy_structure, layer_type, opaque_reason, own_tensors
 from fastconv._network import FusedGraph
-from fastconv._packed import PackedWeight, may_pack
+from fastconv._packed import packed_weight
 from fastconv._report import ConversionReport, Entry, attach
 from fastconv._reuse import Memory
 from fastconv.convert import TO_FASTCONV, exchange_layer, named_layers, require_model
@@ -43,8 +43,9 @@ def fuse(model: nn.Module) -> nn.Module:
     Results of 4 MiB and more, of calls without gradients on the CPU, take memory that the model keeps and uses again
     once nobody holds the result.
 
-    In such calls 3x3 layers also keep their weights in a transformed form (Winograd), four times their size and 64 MiB
-    a layer at most, made at the first call that has a use for it, and again after the weight was replaced, loaded, cast
+    In such calls layers also keep their weights in the form that their kernel reads, 64 MiB a layer at most: 3x3 layers
+    transformed (Winograd), four times their size, and for channels_last inputs the others in panels, of their size in
+    float32. It is made at the first call that has a use for it, and again after the weight was replaced, loaded, cast
     or written to by an operator in place. What writes without counting up the weight's version (``weight.data``,
     ``weight.numpy()``) is not noticed; call ``model.train().eval()`` after it, which drops what is kept. Weights that
     were made in inference mode count no versions and are never kept.
@@ -81,7 +82,7 @@ def _fuse(model: nn.Module) -> nn.Module:
     for module in result.modules():
         if isinstance(module, FusedConv2d):
             module.memory = memory
-            module.packed = PackedWeight() if may_pack(module) else None
+            module.packed = packed_weight(module)
     attach(result, report)
     if isinstance(result, fx.GraphModule):
         result.meta[_USER_PRESERVED_ATTRIBUTES_KEY]["fastconv_report"] = report

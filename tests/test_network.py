@@ -109,6 +109,18 @@ def test_every_kind_of_input_has_its_program():
 
 
 @torch.no_grad()
+def test_images_outside_winograds_condition():
+    torch.manual_seed(0)
+    model = fastconv.fuse(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()).eval())
+    x = torch.randn(2, 64, 28, 28)
+    x[1, :, 9, 9] = 6e4
+    reset_stats()
+    found = model(x)
+    assert {key for key in stats() if key.startswith("conv2d")} == {"conv2d/winograd", "conv2d/tiled"}
+    torch.testing.assert_close(found, model.get_submodule("0")(x), rtol=1e-5, atol=1e-2)
+
+
+@torch.no_grad()
 def test_a_result_is_the_callers_own():
     model, x = fastconv.fuse(backbone()), images()
     first = model(x)
@@ -127,7 +139,7 @@ def test_steps_never_share_living_memory():
     (plan,) = network_of(model).runs[0].plans.values()
     assert plan is not None
     places: dict[int, int] = {}
-    steps = plan.program[1:].view(-1, 24).tolist()
+    steps = plan.program[1:].view(-1, 25).tolist()
     for kind, source, target, residual, *_ in steps:
         assert target not in (source, residual)
         assert source < 0 or source in places, f"step of kind {kind} reads what nobody wrote"

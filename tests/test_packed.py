@@ -24,9 +24,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 GEOMETRY = (1, 1, 1, 1, 1, 1, 1, 1)
 
 
-def fused(channels: int = 64, filters: int = 64, **options: Any) -> nn.Module:
+def fused(channels: int = 64, filters: int = 64, kernel: int = 3, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    conv = nn.Conv2d(channels, filters, 3, padding=1, **options)
+    conv = nn.Conv2d(channels, filters, kernel, **{"padding": kernel // 2, **options})
     return fastconv.fuse(nn.Sequential(conv, nn.BatchNorm2d(filters), nn.ReLU()).eval())
 
 
@@ -47,7 +47,8 @@ def kept(model: nn.Module) -> int:
 def exact(model: nn.Module, x: Tensor) -> Tensor:
     layer = layer_of(model)
     shift = layer.bias.to(torch.float64)
-    return nn.functional.conv2d(x.double(), layer.weight.double(), shift, padding=1).relu()
+    geometry = layer.stride, layer.padding[:2], layer.dilation, layer.groups
+    return nn.functional.conv2d(x.double(), layer.weight.double(), shift, *geometry).relu()
 
 
 @FORMATS
@@ -103,6 +104,45 @@ def test_what_kernel_packed_weights_choose():
     assert "winograd" not in kernels(256, 14, stride=(2, 2))
 
 
+TILED = [
+    {"channels": 64, "filters": 96, "kernel": 1},
+    {"channels": 50, "filters": 75, "kernel": 1, "stride": 2},
+    {"channels": 1100, "filters": 40, "kernel": 1},  # more than one block of depth
+    {"channels": 64, "filters": 64, "stride": 2},
+    {"channels": 40, "filters": 31, "dilation": 2},
+    {"channels": 64, "filters": 64, "groups": 2, "kernel": 5},
+    {"channels": 3, "filters": 64, "kernel": 7, "stride": 2},  # padded rows
+    {"channels": 20, "filters": 48, "kernel": 14, "padding": 0},  # as large as the image
+]
+
+
+@pytest.mark.parametrize("options", TILED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@torch.no_grad()
+def test_panels_of_tiled_give_the_same_bits(options, dtype, poisoned):
+    model = fused(**options).to(dtype)
+    layer = layer_of(model)
+    geometry = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups, 1
+    for n, size in ((1, 14), (3, 14), (1, 33)):
+        x = images(options["channels"], size, n).to(dtype)
+        residual = torch.randn_like(layer(x)).to(memory_format=torch.channels_last)
+        assert kept(model) == 0, "contiguous inputs keep no panels"
+        x = x.to(memory_format=torch.channels_last)
+        named = torch.ops.fastconv.conv2d_fused(x, layer.weight, None, layer.bias, residual, *geometry, "tiled")
+        reset_stats()
+        for _ in range(2):
+            found = layer(x, residual)
+            assert torch.equal(found, named)
+            assert found.stride() == named.stride()
+        assert {key: value for key, value in stats().items() if key.startswith("conv2d")} == {"conv2d/tiled": 2}
+        size_of_sums = 8 if dtype == torch.float64 else 4
+        padded = layer.groups * -(-layer.weight.shape[0] // layer.groups // 32) * 32
+        assert (
+            layer.weight.numel() * size_of_sums < kept(model) <= 64 + (layer.weight[0].numel() * padded * size_of_sums)
+        )
+        layer.packed.clear()
+
+
 @torch.no_grad()
 def test_no_form_is_made_where_no_kernel_reads_it():
     model = fused(512, 512)
@@ -110,10 +150,11 @@ def test_no_form_is_made_where_no_kernel_reads_it():
     assert kept(model) == 0
     model(images(512, 7).to(memory_format=torch.channels_last))
     assert 36 << 20 <= kept(model) <= 40 << 20
-    strided = fastconv.fuse(nn.Sequential(nn.Conv2d(64, 64, 3, stride=2), nn.ReLU()).eval())
-    assert layer_of(strided).packed is None
-    assert layer_of(fused(64, 31)).packed is None
-    assert layer_of(fused(32, 32)).packed is not None
+    for options in ({"groups": 64}, {"groups": 16}):  # depthwise; four filters a group
+        assert layer_of(fused(64, 64, **options)).packed is None
+    large = fused(4200, 4100, 1)
+    large(images(4200, 1))
+    assert kept(large) == 0, "more than 64 MiB"
 
 
 @FORMATS
@@ -198,9 +239,12 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kernel", [1, 3])
 @torch.no_grad()
-def test_the_next_call_sees_a_change(change: Callable[[Any], None], memory_format):
-    model = fused()
+def test_the_next_call_sees_a_change(change: Callable[[Any], None], kernel, memory_format):
+    model = fused(kernel=kernel)
+    if kernel == 1:
+        memory_format = torch.channels_last
     x = images().to(memory_format=memory_format)
     before = model(x).clone()
     assert kept(model) > 0
@@ -303,28 +347,50 @@ def test_few_kinds_of_inputs_are_remembered():
         assert packed.find(torch.empty(n, 64, 28, 28), weight, GEOMETRY, 1) is not None
     assert packed._forms is not None
     assert len(packed._forms.by_input) <= 64
-    assert len(packed._forms.by_layout) == 1
+    assert len(packed._forms.by_kernel) == 1
 
 
 def test_the_operators_refuse_what_is_not_theirs():
     pack, eager = torch.ops.fastconv.conv2d_pack, torch.ops.fastconv.conv2d_fused.eager
     x, weight = images(), torch.randn(64, 64, 3, 3)
-    packed = pack(weight, GEOMETRY, 1, False)
-    assert packed.dtype == torch.float32
+    packed = pack(weight, GEOMETRY, 1, False, "winograd")
+    assert packed.dtype == torch.uint8
     assert packed.dim() == 1
-    for wrong in (packed[1:], packed.double(), pack(weight, GEOMETRY, 1, True), pack(weight[1:], GEOMETRY, 1, False)):
+    last = pack(weight, GEOMETRY, 1, True, "winograd")
+    for wrong in (packed[1:], packed.double(), last, pack(weight[1:], GEOMETRY, 1, False, "winograd")):
         with pytest.raises(RuntimeError, match="packed"):
             eager(x, weight, None, None, None, GEOMETRY, 1, 0, wrong)
     for arguments, message in (
-        ((weight.double(), GEOMETRY, 1, False), "float32"),
-        ((weight, (2, 2, 1, 1, 1, 1, 1, 1), 1, False), "stride"),
-        ((weight, GEOMETRY, 2, False), "groups"),
-        ((weight[..., :1], GEOMETRY, 1, False), "3x3"),
-        ((weight[0], GEOMETRY, 1, False), "weight"),
+        ((weight.double(), GEOMETRY, 1, False, "winograd"), "float32"),
+        ((weight, (2, 2, 1, 1, 1, 1, 1, 1), 1, False, "winograd"), "stride"),
+        ((weight, GEOMETRY, 2, False, "winograd"), "groups"),
+        ((weight[..., :1], GEOMETRY, 1, False, "winograd"), "3x3"),
+        ((weight[0], GEOMETRY, 1, False, "winograd"), "weight"),
+        ((weight, GEOMETRY, 1, False, "tiled"), "NCHW"),
+        ((weight, GEOMETRY, 8, True, "tiled"), "padding"),
+        ((weight, GEOMETRY, 1, True, "rows"), "expected winograd or tiled"),
     ):
         with pytest.raises(RuntimeError, match=message):
             pack(*arguments)
-    tiny = torch.randn(1, 64, 3, 3)
-    expected = torch.nn.functional.conv2d(tiny, weight, padding=1)
-    found = eager(tiny, weight, None, None, None, GEOMETRY, 1, 0, packed)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="leave packed out"):  # an image without Winograd
+        eager(torch.randn(1, 64, 3, 3), weight, None, None, None, GEOMETRY, 1, 0, packed)
+
+
+def test_panels_of_another_weight_are_refused():
+    pack, eager = torch.ops.fastconv.conv2d_pack, torch.ops.fastconv.conv2d_fused.eager
+    geometry = (1, 1, 0, 0, 0, 0, 1, 1)
+    x, weight = images(64, 14).to(memory_format=torch.channels_last), torch.randn(128, 64, 1, 1)
+    packed = pack(weight, geometry, 1, True, "tiled")
+    expected = nn.functional.conv2d(x, weight)
+    torch.testing.assert_close(
+        eager(x, weight, None, None, None, geometry, 1, 0, packed), expected, rtol=1e-4, atol=1e-4
+    )
+    turned = pack(torch.randn(64, 128, 1, 1), geometry, 1, True, "tiled")
+    assert turned.shape == packed.shape, "else its size alone would tell"
+    halves = pack(weight.bfloat16(), geometry, 1, True, "tiled")
+    assert halves.shape == packed.shape
+    for wrong in (turned, halves, torch.zeros_like(packed), pack(weight[:64], geometry, 1, True, "tiled")):
+        with pytest.raises(RuntimeError, match="pack this weight"):
+            eager(x, weight, None, None, None, geometry, 1, 0, wrong)
+    with pytest.raises(RuntimeError, match="packed"):
+        eager(images(64, 14), weight, None, None, None, geometry, 1, 0, packed)

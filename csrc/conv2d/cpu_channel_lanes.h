@@ -1,9 +1,9 @@
 // Implicit GEMM with output channels in lanes, for NHWC: rows of a tile are pixels, columns are output channels.
 //
-// Weights are packed into panels of kTileColumns channels, depth (tap, input channel): once per call, or by each task
-// where one or two strips hold all pixels. A task owns a strip of pixels and a range of channels: it gathers the rows
-// of the pixels (a few contiguous copies per pixel, none at all for 1x1 with stride 1) and passes its weight panels
-// over them.
+// Weights are packed into panels of kTileColumns channels, depth (tap, input channel): once for all calls where the
+// caller keeps them, else once per call, or by each task where one or two strips hold all pixels. A task owns a strip
+// of pixels and a range of channels: it gathers the rows of the pixels (a few contiguous copies per pixel, none at all
+// for 1x1 with stride 1) and passes its weight panels over them.
 #pragma once
 
 #include "conv2d/cpu_channel_weights.h"
@@ -91,7 +91,7 @@ struct ChannelLanesPlan {
   int64_t depth, depth_block;
   bool packs_by_task;  // weights, in L2, instead of once through memory
 
-  ChannelLanesPlan(const GemmConv& p, int64_t columns, int64_t element_bytes) {
+  ChannelLanesPlan(const GemmConv& p, int64_t columns, int64_t element_bytes, bool kept) {
     constexpr int64_t kStripBytes = 128 * 1024;
     // A panel of 20 KiB for AVX2. AVX-512's products take so long that L2 keeps up: half as many passes over the sums.
     constexpr int64_t kDepth = kTileVectors * FASTCONV_VECTOR_BYTES > 64 ? 640 : 320;
@@ -112,7 +112,7 @@ struct ChannelLanesPlan {
     }
     strip_pixels = ceil_div(pixels, strips);
     strips = ceil_div(pixels, strip_pixels);
-    packs_by_task = strips <= 2;
+    packs_by_task = !kept && strips <= 2;
     panels_per_task = ceil_div(panels, panel_tasks);
     panel_tasks = ceil_div(panels, panels_per_task);
   }
@@ -200,13 +200,16 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
   }
 }
 
+/// `kept`: what pack_weight_panels made of the weight, or null.
 template <class T>
-void convolve_channel_lanes(const GemmConv& p) {
+void convolve_channel_lanes(const GemmConv& p, const acc_t<T>* kept) {
   using Acc = acc_t<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>, kBytes = sizeof(Acc);
-  const ChannelLanesPlan plan(p, kColumns, kBytes);
-  Scratch packed(plan.packs_by_task ? 0 : p.groups * plan.panels * plan.depth * kColumns * kBytes);
-  if (!plan.packs_by_task) pack_weight_panels<T>(p, packed.as<Acc>());
+  const ChannelLanesPlan plan(p, kColumns, kBytes, kept != nullptr);
+  const bool packs = !kept && !plan.packs_by_task;
+  Scratch packed(packs ? weight_panel_elems<Acc>(p) * kBytes : 0);
+  if (packs) pack_weight_panels<T>(p, packed.as<Acc>());
+  const Acc* panels = kept ? kept : packed.as<Acc>();
 
   parallel_for(0, p.groups * plan.strips * plan.panel_tasks, 1, [&](int64_t begin, int64_t end) {
     const int64_t sums_rows = plan.depth_block >= plan.depth ? kTileRows : plan.panels_per_task * plan.strip_pixels;
@@ -215,7 +218,7 @@ void convolve_channel_lanes(const GemmConv& p) {
     Scratch weights(plan.packs_by_task ? plan.depth_block * kColumns * kBytes : 0);
     Scratch offsets(plan.strip_pixels * static_cast<int64_t>(sizeof(int64_t)));
     const ChannelLanesScratch<T> scratch{rows.as<Acc>(), sums.as<Acc>(), weights.as<Acc>(), offsets.as<int64_t>()};
-    for (int64_t task = begin; task < end; ++task) convolve_pixel_strip<T>(p, plan, packed.as<Acc>(), task, scratch);
+    for (int64_t task = begin; task < end; ++task) convolve_pixel_strip<T>(p, plan, panels, task, scratch);
   });
 }
 

@@ -67,8 +67,12 @@ inline constexpr int64_t kWinogradOutputs = 4;  // rows and columns of a tile
 struct Conv2dKernels {
   void (*naive)(const GemmConv&, DType);
   void (*naive_weight_grad)(const GemmWeightGrad&, DType);
-  /// Products of one call that differ in their taps and output grids alone.
-  void (*tiled)(const GemmConv*, int64_t count, Layout, DType);
+  /// Products of one call that differ in their taps and output grids alone. `panels`, for a single one in Layout::nhwc:
+  /// what tiled_panels made of the weight, or null.
+  void (*tiled)(const GemmConv*, int64_t count, Layout, DType, const void* panels);
+  /// The weight as `tiled` reads it in Layout::nhwc, in the type of the sums, whatever the image.
+  void (*tiled_panels)(const GemmConv&, DType, void* panels);
+  int64_t (*tiled_panel_elems)(const GemmConv&, DType);
   void (*rows)(const GemmConv&, DType);  // Layout::nchw only
   /// One group, taps within 3x3, step 1; no float64. `filters` as winograd_filters made them.
   void (*winograd)(const GemmConv&, Layout, DType, const float* filters);

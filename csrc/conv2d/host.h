@@ -4,7 +4,7 @@
 //   select(problem, pass, algo)                          the kernel, by its device's enumeration
 //   forward(kernel, problem, x, weight, fused, y)        and input_grad, weight_grad, bias_grad
 //   kPacks                                               true if it has select_packed(problem), for forward with
-//                                                        fused.packed, and pack(problem, weight), which makes that
+//                                                        fused.packed, and pack(problem, weight, algo), which makes it
 //
 // All tensors that it gets are dense in the problem's layout, on one device, and none of them is empty.
 #pragma once
@@ -137,7 +137,7 @@ struct Conv2dOps {
   }
 
   /// The weight in the form that kernels for frozen weights read, for conv2d_fused.eager.
-  static Tensor pack(const Tensor& weight, IntList geometry, int64_t groups, bool channels_last) {
+  static Tensor pack(const Tensor& weight, IntList geometry, int64_t groups, bool channels_last, std::string algo) {
     const char* op = "conv2d_pack";
     const Geometry g(weight, weight, geometry);
     ConvProblem p = conv_problem(op, g.stride, g.padding, g.dilation, groups);
@@ -146,7 +146,7 @@ struct Conv2dOps {
     p.layout = channels_last ? Layout::nhwc : Layout::nchw;
     p.c = weight.size(1) * groups;
     set_weight(op, p, weight.size(0), weight.size(2), weight.size(3));
-    return Device::pack(p, dense(weight, p.layout));
+    return Device::pack(p, dense(weight, p.layout), algo);
   }
 
   static Tensor conv2d(const Tensor& input, const Tensor& weight, MaybeTensor bias, IntList stride, IntList padding,

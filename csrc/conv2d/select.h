@@ -106,6 +106,17 @@ inline Kernel select_conv2d(const ConvProblem& problem, ConvPass pass, std::stri
   return select_conv2d(kConvCandidates, problem, pass, algo);
 }
 
+/// Null if a forward kernel reads the weight in a form that may be kept from call to call (conv2d_pack), else the
+/// reason.
+inline const char* refuse_keeping(const ConvProblem& p, Kernel kernel) {
+  if (kernel == Kernel::conv2d_winograd) return refuse_packed(p);
+  if (kernel != Kernel::conv2d_tiled) return "only winograd and tiled have a form of their own";
+  if (p.layout == Layout::nchw) return "in NCHW tiled reads weights as they are";
+  if (p.groups > 1 && p.k_per_group() < 16) return "panels of so few output channels a group are mostly padding";
+  const int64_t panels = p.k * p.c_per_group() * p.r * p.s * (p.dtype == DType::f64 ? 8 : 4);
+  return panels > 64 << 20 ? "its panels would take more than 64 MiB" : nullptr;
+}
+
 /// The kernel of a forward pass that has kept filters.
 inline Kernel select_packed_conv2d(const ConvProblem& problem) {
   if (!refuse_packed(problem) && !avoid_packed(problem)) return Kernel::conv2d_winograd;

@@ -57,7 +57,13 @@ class Places {
             " has ", tensor.numel(), " elements, expected ", elems, " of the step's dtype");
     return tensor.const_data_ptr();
   }
-  const Tensor* packed(int64_t index) const { return index == kNothing ? nullptr : &element(constants_, index); }
+  /// A constant that conv2d_pack made for this kernel.
+  const void* packed(int64_t index, const ConvProblem& p, Kernel kernel) const {
+    const Tensor& tensor = element(constants_, index);
+    require(tensor.is_cpu() && tensor.is_contiguous(), kOp, ": a packed weight is expected to be dense on the CPU");
+    check_packed(p, kernel, tensor.const_data_ptr(), tensor.numel() * tensor.element_size());
+    return tensor.const_data_ptr();
+  }
 
  private:
   static const Tensor& element(const std::vector<Tensor>& list, int64_t index) {
@@ -76,7 +82,7 @@ DType sums_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType:
 void convolve(const Step& step, const Places& places) {
   const int64_t* a = step.numbers;
   ConvProblem p = conv_problem(kOp, {a[7], a[8]}, {a[9], a[10], a[11], a[12]}, {a[13], a[14]}, a[15]);
-  p.layout = Layout::nhwc, p.dtype = places.dtype();
+  p.layout = Layout::nhwc, p.dtype = places.dtype(), p.weight_is_nchw = a[17] != 0;
   set_weight(kOp, p, a[4], a[5], a[6]);
   set_input(kOp, p, a[0], a[1], a[2], a[3]);
   const int64_t outputs = p.n * p.k * p.p() * p.q();
@@ -84,9 +90,13 @@ void convolve(const Step& step, const Places& places) {
   epilogue.shift = places.constant(step.shift, p.k, sums_dtype(p.dtype));
   epilogue.residual = step.residual == kNothing ? nullptr : places.at(step.residual, outputs);
   epilogue.activation = static_cast<Activation>(a[16]);
-  convolve_kept(p, places.at(step.input, p.n * p.c * p.h * p.w),
-                places.constant(step.weight, p.k * p.c_per_group() * p.r * p.s, p.dtype), places.packed(step.packed),
-                epilogue, places.at(step.output, outputs));
+  const void* packed = nullptr;
+  const CpuChoice choice =
+      step.packed == kNothing ? choose_conv2d(p, ConvPass::forward, "") : choose_packed_conv2d(p);
+  if (step.packed != kNothing) packed = places.packed(step.packed, p, choice.kernel);
+  convolve(p, choice, places.at(step.input, p.n * p.c * p.h * p.w),
+           places.constant(step.weight, p.k * p.c_per_group() * p.r * p.s, p.dtype), packed, epilogue,
+           places.at(step.output, outputs));
 }
 
 PoolProblem pool_of(const Step& step, DType dtype) {

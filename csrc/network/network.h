@@ -13,7 +13,7 @@ inline constexpr int64_t kNothing = INT64_MAX;
 /// What the program begins with: so that another tensor of integers is not taken for one. The number counts versions.
 inline constexpr int64_t kProgramMark = 0x66636e01;
 /// Numbers of a step after the fields below.
-inline constexpr int64_t kStepNumbers = 17;
+inline constexpr int64_t kStepNumbers = 18;
 
 /// Activations are dense, in NHWC but for what the two copies read or write. A place is an offset into the workspace in
 /// bytes, or -1 - i for the i-th of the call's inputs and outputs; weight, shift and packed number its constants.
@@ -21,7 +21,7 @@ struct Step {
   StepKind kind;
   int64_t input, output, residual;
   int64_t weight, shift, packed;
-  /// convolve: n, c, h, w, k, r, s, stride (2), padding (4), dilation (2), groups, activation
+  /// convolve: n, c, h, w, k, r, s, stride (2), padding (4), dilation (2), groups, activation, weight_is_nchw
   /// max_pool: n, c, h, w, r, s, stride (2), padding (2), dilation (2), ceil_mode
   /// average_pool: the same, count_include_pad, divisor_override or 0
   /// adaptive_average_pool: n, c, h, w, rows and columns of the result
