@@ -22,6 +22,7 @@ NOTHING = 2**63 - 1
 NUMBERS = 18
 CONVOLVE, MAX_POOL, AVERAGE_POOL, ADAPTIVE_AVERAGE_POOL, TO_CHANNELS_LAST, TO_CONTIGUOUS = range(6)
 ALIGNMENT = 64  # bytes, of places in the workspace
+CACHED = 8 << 20  # bytes that a step reads and writes; a stage takes no more images at a time than that holds
 
 
 class Unplannable(Exception):
@@ -30,12 +31,14 @@ class Unplannable(Exception):
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory of ``size`` bytes from the step that writes it to the last that reads it."""
+    """Memory of ``size`` bytes from the step that writes it to the last that reads it. ``whole``: of the whole batch,
+    not of the images that a stage runs at a time."""
 
     size: int
     first: int
     last: int
     place: int = NOTHING
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,31 @@ class Step:
     shift: int = NOTHING
     packed: int = NOTHING
 
-    def row(self) -> list[int]:
-        residual = NOTHING if self.residual is None else self.residual.place
-        places = [self.input.place, self.output.place, residual, self.weight, self.shift, self.packed]
-        return [self.kind, *places, *self.numbers, *[0] * (NUMBERS - len(self.numbers))]
+    @property
+    def images(self) -> int:
+        return self.numbers[0]
+
+    def buffers(self) -> list[Buffer]:
+        return [buffer for buffer in (self.input, self.output, self.residual) if buffer is not None]
+
+    def row(self, first: int, count: int, images: int) -> list[int]:
+        """The step on ``count`` images from ``first`` on, of the batch's."""
+        places = []
+        for buffer in (self.input, self.output, self.residual):
+            offset = 0 if buffer is None or not buffer.whole else buffer.size // images * first
+            places += [NOTHING if buffer is None else buffer.place, offset]
+        numbers = (count, *self.numbers[1:])
+        tensors = (self.weight, self.shift, self.packed)
+        return [self.kind, *places, *tensors, *numbers, *[0] * (NUMBERS - len(numbers))]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps [begin, end), run for ``images`` of the batch at a time, so that what they pass on stays in the caches."""
+
+    begin: int
+    end: int
+    images: int
 
 
 @dataclass
@@ -141,9 +165,8 @@ class Builder:
 
     def step(self, kind: int, input: Buffer, output: Buffer, numbers: tuple[int, ...], **more: Any) -> None:
         step = Step(kind, input, output, numbers, **more)
-        for buffer in (step.input, step.output, step.residual):
-            if buffer is not None:
-                buffer.last = len(self.steps)
+        for buffer in step.buffers():
+            buffer.last = len(self.steps)
         self.steps.append(step)
 
     def constant(self, tensor: Tensor) -> int:
@@ -178,7 +201,17 @@ class Builder:
             CONVOLVE,
             input.buffer,
             output,
-            (*like.shape, weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups, activation, int(not last)),
+            (
+                *like.shape,
+                weight.shape[0],
+                *weight.shape[2:],
+                *stride,
+                *padding,
+                *dilation,
+                groups,
+                activation,
+                int(not last),
+            ),
             residual=None if residual is None else residual.buffer,
             weight=self.constant(weight if last else weight.contiguous()),
             shift=NOTHING if bias is None else self.constant(bias.to(wide).contiguous()),
@@ -204,9 +237,47 @@ class Builder:
             described.append((tuple(like.shape), like.stride(), like.dtype))
             buffer.place = -1 - len(self.external) - len(described) + 1
         self._check_dtypes()
-        workspace = self._arrange([buffer for buffer in self.buffers if buffer.place == NOTHING])
-        numbers = [MARK, *(number for step in self.steps for number in step.row())]
+        inside = [buffer for buffer in self.buffers if buffer.place == NOTHING]
+        stages = self._stages()
+        for stage in stages:
+            self._confine(stage, inside)
+        workspace = self._arrange(inside)
+        numbers = [MARK]
+        for stage in stages:
+            images = self.steps[stage.begin].images
+            for first in range(0, images, stage.images):
+                for step in self.steps[stage.begin : stage.end]:
+                    numbers += step.row(first, min(stage.images, images - first), images)
         return Plan(torch.tensor(numbers, dtype=torch.int64), self.constants, described, workspace)
+
+    def _stages(self) -> list[Stage]:
+        images = self.steps[0].images if self.steps else 0
+        if any(step.images != images for step in self.steps):
+            return [Stage(0, len(self.steps), images)]
+        stages: list[Stage] = []
+        most = images
+        for index in reversed(range(len(self.steps))):
+            bytes_of_one = sum(buffer.size for buffer in self.steps[index].buffers()) // images
+            while most > 1 and most * bytes_of_one > CACHED:
+                most = -(-most // 2)
+            if stages and stages[-1].images == most:
+                stages[-1] = Stage(index, stages[-1].end, most)
+            else:
+                stages.append(Stage(index, index + 1, most))
+        return stages[::-1]
+
+    def _confine(self, stage: Stage, buffers: list[Buffer]) -> None:
+        """Buffers of one stage need room for its images only; others live as long as all of its rounds."""
+        images = self.steps[stage.begin].images
+        if stage.images == images:
+            return
+        for buffer in buffers:
+            if stage.begin <= buffer.first and buffer.last < stage.end:
+                buffer.size, buffer.whole = buffer.size // images * stage.images, False
+            elif stage.begin <= buffer.first < stage.end:
+                buffer.first = stage.begin
+            elif stage.begin <= buffer.last < stage.end:
+                buffer.last = stage.end - 1
 
     def _check_dtypes(self) -> None:
         if len({value.like.dtype for value in self.values.values()}) != 1:

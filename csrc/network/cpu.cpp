@@ -37,16 +37,17 @@ class Places {
   DType dtype() const { return dtype_; }
 
   /// `elems` elements at a place.
-  void* at(int64_t place, int64_t elems) const {
-    const int64_t bytes = elems * element_bytes(dtype_);
-    require(elems > 0 && place != kNothing, kOp, ": a step has no memory");
-    if (place < 0) {
-      const Tensor& tensor = element(tensors_, -1 - place);
-      require(tensor.numel() == elems, kOp, ": an input or output has ", tensor.numel(), " elements, expected ", elems);
-      return tensor.mutable_data_ptr();
+  void* at(Place place, int64_t elems) const {
+    const int64_t end = place.offset + elems * element_bytes(dtype_);
+    require(elems > 0 && place.offset >= 0 && place.base != kNothing, kOp, ": a step has no memory");
+    if (place.base < 0) {
+      const Tensor& tensor = element(tensors_, -1 - place.base);
+      require(end <= tensor.numel() * element_bytes(dtype_), kOp, ": a step reaches beyond an input or output of ",
+              tensor.numel(), " elements");
+      return static_cast<char*>(tensor.mutable_data_ptr()) + place.offset;
     }
-    require(place + bytes <= workspace_.numel(), kOp, ": a step reaches beyond the workspace");
-    return static_cast<char*>(workspace_.mutable_data_ptr()) + place;
+    require(place.base + end <= workspace_.numel(), kOp, ": a step reaches beyond the workspace");
+    return static_cast<char*>(workspace_.mutable_data_ptr()) + place.base + place.offset;
   }
 
   /// A constant of `elems` elements of `dtype`; null if there is none.
@@ -88,7 +89,7 @@ void convolve(const Step& step, const Places& places) {
   const int64_t outputs = p.n * p.k * p.p() * p.q();
   Epilogue epilogue{};
   epilogue.shift = places.constant(step.shift, p.k, sums_dtype(p.dtype));
-  epilogue.residual = step.residual == kNothing ? nullptr : places.at(step.residual, outputs);
+  epilogue.residual = step.residual.base == kNothing ? nullptr : places.at(step.residual, outputs);
   epilogue.activation = static_cast<Activation>(a[16]);
   const void* packed = nullptr;
   const CpuChoice choice =

@@ -15,11 +15,17 @@ inline constexpr int64_t kProgramMark = 0x66636e01;
 /// Numbers of a step after the fields below.
 inline constexpr int64_t kStepNumbers = 18;
 
-/// Activations are dense, in NHWC but for what the two copies read or write. A place is an offset into the workspace in
-/// bytes, or -1 - i for the i-th of the call's inputs and outputs; weight, shift and packed number its constants.
+/// Where an activation lies: an offset into the workspace in bytes, or -1 - i for the i-th of the call's inputs and
+/// outputs; and how many bytes further on.
+struct Place {
+  int64_t base, offset;
+};
+
+/// Activations are dense, in NHWC but for what the two copies read or write. weight, shift and packed number the call's
+/// constants.
 struct Step {
   StepKind kind;
-  int64_t input, output, residual;
+  Place input, output, residual;
   int64_t weight, shift, packed;
   /// convolve: n, c, h, w, k, r, s, stride (2), padding (4), dilation (2), groups, activation, weight_is_nchw
   /// max_pool: n, c, h, w, r, s, stride (2), padding (2), dilation (2), ceil_mode
