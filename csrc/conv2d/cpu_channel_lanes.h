@@ -85,6 +85,22 @@ void store_channel_tile(const GemmConv& p, const int64_t* y_offsets, const acc_t
   }
 }
 
+/// Lets a tile that keeps its sums in y finish them for the channels from `channel` on, of the pixel at `y_offset`;
+/// false if it has to be done afterwards.
+template <class T>
+FASTCONV_INLINE bool finish_in_tile(const GemmConv& p, int64_t y_offset, int64_t channel,
+                                    TileFinish<acc_t<T>>& finish) {
+  using Acc = acc_t<T>;
+  const Epilogue& e = p.epilogue;
+  if (e.activation == Activation::tanh) return false;
+  finish.scale = e.scale ? static_cast<const Acc*>(e.scale) + channel : nullptr;
+  finish.shift = e.shift ? static_cast<const Acc*>(e.shift) + channel : nullptr;
+  // Only tensors in the type of their sums have them in y.
+  finish.residual = e.residual ? static_cast<const Acc*>(e.residual) + y_offset + channel : nullptr;
+  finish.activation = e.activation;
+  return true;
+}
+
 struct ChannelLanesPlan {
   int64_t pixels, strip_pixels, strips;
   int64_t panels, panels_per_task, panel_tasks;  // of output channels
@@ -153,7 +169,6 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
   const T* x = static_cast<const T*>(p.x) + group * p.c * p.x_strides.c;
   const bool in_place = rows_in_place<T>(p), dense_sums = sums_in_place<T>(p);
   const bool plain = p.epilogue.is_plain();
-  const auto& tiles = kTiles<Acc, Rows::depth_contiguous>;
 
   for (int64_t begin = 0; begin == 0 || begin < plan.depth; begin += plan.depth_block) {
     const int64_t end = min_of(plan.depth, begin + plan.depth_block);
@@ -191,7 +206,12 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
         if (direct) call.out = static_cast<Acc*>(p.y) + scratch.y_offsets[pixel] + group * p.m + m;
         else if (plan.depth_block >= plan.depth) call.out = scratch.sums;
         else call.out = scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
-        tiles.at(live, columns)(call);
+        if (last && direct && !plain &&
+            finish_in_tile<T>(p, scratch.y_offsets[pixel], group * p.m + m, call.finish)) {
+          kFinishingTiles<Acc, Rows::depth_contiguous>.at(live, columns)(call);
+          continue;
+        }
+        kTiles<Acc, Rows::depth_contiguous>.at(live, columns)(call);
         if (last && !(direct && plain))
           store_channel_tile<T>(p, scratch.y_offsets + pixel, call.out, call.out_stride, group * p.m + m, live,
                                 columns);
