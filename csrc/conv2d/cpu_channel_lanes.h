@@ -118,6 +118,10 @@ struct ChannelLanesPlan {
     const int64_t fitting = max_of(4 * kTileRows, min_of(kStripBytes / (depth_block * element_bytes), 24 * kTileRows));
     strips = ceil_div(pixels, fitting);
     panels = ceil_div(p.m, columns);
+    if (kept) {
+      share_kept(p, threads, fitting);
+      return;
+    }
     // Every strip reads all weights, every range of channels gathers its strip again.
     constexpr int64_t kFewestPanels = 4;
     const int64_t wanted = ceil_div(4 * threads, p.groups);
@@ -131,6 +135,31 @@ struct ChannelLanesPlan {
     packs_by_task = !kept && strips <= 2;
     panels_per_task = ceil_div(panels, panel_tasks);
     panel_tasks = ceil_div(panels, panels_per_task);
+  }
+
+ private:
+  /// With kept panels a task costs little beside its products, so that there are as few as memory and threads ask for:
+  /// equal shares for all threads, of pixels where tiles stay high, or else of the output channels.
+  void share_kept(const GemmConv& p, int64_t threads, int64_t fitting) {
+    const int64_t fewest = ceil_div(pixels, fitting), wanted = ceil_div(threads, p.groups);
+    double least = 0;
+    for (const int64_t strip_count : {fewest, min_of(pixels, round_up(fewest, wanted))})
+      for (const int64_t part_count : {int64_t{1}, min_of(panels, wanted)}) {
+        const int64_t length = ceil_div(pixels, strip_count), per_part = ceil_div(panels, part_count);
+        const int64_t all_strips = ceil_div(pixels, length), parts = ceil_div(panels, per_part);
+        const int64_t tiles = ceil_div(length, kTileRows);
+        // In products of one row of a tile. A tile costs as much as half a row more; one of fewer than four rows waits
+        // for itself.
+        const double strip = static_cast<double>(max_of(length, 4 * tiles)) + 0.5 * static_cast<double>(tiles);
+        const double gathered = 0.1 * static_cast<double>(length);
+        const double cost = static_cast<double>(ceil_div(p.groups * all_strips * parts, threads)) *
+                            (strip * static_cast<double>(per_part) + gathered);
+        if (least > 0 && cost >= least) continue;
+        least = cost;
+        strips = all_strips, strip_pixels = length;
+        panel_tasks = parts, panels_per_task = per_part;
+      }
+    packs_by_task = false;
   }
 };
 
