@@ -65,8 +65,17 @@ FASTCONV_INLINE void put_columns(const ChannelTile<X, Y>& tile, int64_t c, int64
 #pragma GCC unroll 8
     for (int j = 0; j < kTileColumns; ++j) sums[j] = sums[j] + shift;
   }
-  const bool plain = tile.residual == nullptr && tile.activation == Activation::none;
-  if (plain && tile.columns == kTileColumns) [[likely]] {
+  // What MobileNets have, in registers; the rest one by one.
+  const bool whole = tile.columns == kTileColumns && tile.residual == nullptr && tile.activation != Activation::tanh;
+  if (whole) [[likely]] {
+    if (tile.activation != Activation::none) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileColumns; ++j) sums[j] = simd::activate<Acc>(sums[j], Activation::relu);
+    }
+    if (tile.activation == Activation::relu6) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileColumns; ++j) sums[j] = simd::activate<Acc>(sums[j], Activation::relu6);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < kTileColumns; ++j) store_channels<kNarrow>(tile.y + j * tile.y_column + c, sums[j], live);
     return;
