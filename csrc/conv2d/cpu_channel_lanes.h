@@ -235,8 +235,7 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
         if (direct) call.out = static_cast<Acc*>(p.y) + scratch.y_offsets[pixel] + group * p.m + m;
         else if (plan.depth_block >= plan.depth) call.out = scratch.sums;
         else call.out = scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
-        if (last && direct && !plain &&
-            finish_in_tile<T>(p, scratch.y_offsets[pixel], group * p.m + m, call.finish)) {
+        if (last && direct && !plain && finish_in_tile<T>(p, scratch.y_offsets[pixel], group * p.m + m, call.finish)) {
           kFinishingTiles<Acc, Rows::depth_contiguous>.at(live, columns)(call);
           continue;
         }

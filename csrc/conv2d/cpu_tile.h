@@ -178,8 +178,7 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        __builtin_prefetch(call.finish.residual + row * call.out_stride + v * kLane);
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(call.finish.residual + row * call.out_stride + v * kLane);
   }
   V sums[kRows][kVectors];
 #pragma GCC unroll 16
