@@ -85,6 +85,22 @@ void store_channel_tile(const GemmConv& p, const int64_t* y_offsets, const acc_t
   }
 }
 
+/// Lets a tile that keeps its sums in y finish them for the channels from `channel` on, of the pixel at `y_offset`;
+/// false if it has to be done afterwards.
+template <class T>
+FASTCONV_INLINE bool finish_in_tile(const GemmConv& p, int64_t y_offset, int64_t channel,
+                                    TileFinish<acc_t<T>>& finish) {
+  using Acc = acc_t<T>;
+  const Epilogue& e = p.epilogue;
+  if (e.activation == Activation::tanh) return false;
+  finish.scale = e.scale ? static_cast<const Acc*>(e.scale) + channel : nullptr;
+  finish.shift = e.shift ? static_cast<const Acc*>(e.shift) + channel : nullptr;
+  // Only tensors in the type of their sums have them in y.
+  finish.residual = e.residual ? static_cast<const Acc*>(e.residual) + y_offset + channel : nullptr;
+  finish.activation = e.activation;
+  return true;
+}
+
 struct ChannelLanesPlan {
   int64_t pixels, strip_pixels, strips;
   int64_t panels, panels_per_task, panel_tasks;  // of output channels
@@ -102,6 +118,10 @@ struct ChannelLanesPlan {
     const int64_t fitting = max_of(4 * kTileRows, min_of(kStripBytes / (depth_block * element_bytes), 24 * kTileRows));
     strips = ceil_div(pixels, fitting);
     panels = ceil_div(p.m, columns);
+    if (kept) {
+      share_kept(p, threads, fitting);
+      return;
+    }
     // Every strip reads all weights, every range of channels gathers its strip again.
     constexpr int64_t kFewestPanels = 4;
     const int64_t wanted = ceil_div(4 * threads, p.groups);
@@ -115,6 +135,31 @@ struct ChannelLanesPlan {
     packs_by_task = !kept && strips <= 2;
     panels_per_task = ceil_div(panels, panel_tasks);
     panel_tasks = ceil_div(panels, panels_per_task);
+  }
+
+ private:
+  /// With kept panels a task costs little beside its products, so that there are as few as memory and threads ask for:
+  /// equal shares for all threads, of pixels where tiles stay high, or else of the output channels.
+  void share_kept(const GemmConv& p, int64_t threads, int64_t fitting) {
+    const int64_t fewest = ceil_div(pixels, fitting), wanted = ceil_div(threads, p.groups);
+    double least = 0;
+    for (const int64_t strip_count : {fewest, min_of(pixels, round_up(fewest, wanted))})
+      for (const int64_t part_count : {int64_t{1}, min_of(panels, wanted)}) {
+        const int64_t length = ceil_div(pixels, strip_count), per_part = ceil_div(panels, part_count);
+        const int64_t all_strips = ceil_div(pixels, length), parts = ceil_div(panels, per_part);
+        const int64_t tiles = ceil_div(length, kTileRows);
+        // In products of one row of a tile. A tile costs as much as half a row more; one of fewer than four rows waits
+        // for itself.
+        const double strip = static_cast<double>(max_of(length, 4 * tiles)) + 0.5 * static_cast<double>(tiles);
+        const double gathered = 0.1 * static_cast<double>(length);
+        const double cost = static_cast<double>(ceil_div(p.groups * all_strips * parts, threads)) *
+                            (strip * static_cast<double>(per_part) + gathered);
+        if (least > 0 && cost >= least) continue;
+        least = cost;
+        strips = all_strips, strip_pixels = length;
+        panel_tasks = parts, panels_per_task = per_part;
+      }
+    packs_by_task = false;
   }
 };
 
@@ -153,7 +198,6 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
   const T* x = static_cast<const T*>(p.x) + group * p.c * p.x_strides.c;
   const bool in_place = rows_in_place<T>(p), dense_sums = sums_in_place<T>(p);
   const bool plain = p.epilogue.is_plain();
-  const auto& tiles = kTiles<Acc, Rows::depth_contiguous>;
 
   for (int64_t begin = 0; begin == 0 || begin < plan.depth; begin += plan.depth_block) {
     const int64_t end = min_of(plan.depth, begin + plan.depth_block);
@@ -191,7 +235,11 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
         if (direct) call.out = static_cast<Acc*>(p.y) + scratch.y_offsets[pixel] + group * p.m + m;
         else if (plan.depth_block >= plan.depth) call.out = scratch.sums;
         else call.out = scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
-        tiles.at(live, columns)(call);
+        if (last && direct && !plain && finish_in_tile<T>(p, scratch.y_offsets[pixel], group * p.m + m, call.finish)) {
+          kFinishingTiles<Acc, Rows::depth_contiguous>.at(live, columns)(call);
+          continue;
+        }
+        kTiles<Acc, Rows::depth_contiguous>.at(live, columns)(call);
         if (last && !(direct && plain))
           store_channel_tile<T>(p, scratch.y_offsets + pixel, call.out, call.out_stride, group * p.m + m, live,
                                 columns);

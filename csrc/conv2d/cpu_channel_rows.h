@@ -75,6 +75,10 @@ void convolve_channel_row(const GemmConv& p, const acc_t<T>* weight_panels, cons
       for (int64_t row = 0; row < rows; ++row) y_offsets[row] = y_offset + (j + row) * p.y_strides.w;
       call.a = source + j * p.step.w * p.c;
       call.out = direct ? static_cast<Acc*>(p.y) + y_offsets[0] + m : scratch.sums;
+      if (direct && !plain && finish_in_tile<T>(p, y_offsets[0], m, call.finish)) {
+        kFinishingTiles<Acc, Rows::offsets>.at(rows, columns)(call);
+        continue;
+      }
       kTiles<Acc, Rows::offsets>.at(rows, columns)(call);
       if (!direct || !plain) store_channel_tile<T>(p, y_offsets, call.out, call.out_stride, m, rows, columns);
     }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common/simd/simd.h"
+#include "conv2d/gemm_conv.h"
 
 namespace fastconv {
 namespace {
@@ -36,6 +37,17 @@ enum class Rows { depth_contiguous, row_contiguous, offsets };
 /// Where the columns of step d of b lie, side by side: at b[d * kTileColumns] or at b[b_offsets[d]].
 enum class Columns { panel, offsets };
 
+/// What becomes of the sums while they are in registers: activation(scale * sum + shift + residual). No tanh, which is
+/// not for registers. `scale` and `shift`, or null, begin at the tile's first column; so does `residual`, in rows as
+/// far apart as those of `out`.
+template <class Acc>
+struct TileFinish {
+  const Acc* scale;
+  const Acc* shift;
+  const Acc* residual;
+  Activation activation;
+};
+
 /// All distances are in elements; nothing needs to be aligned.
 template <class Acc>
 struct TileCall {
@@ -49,6 +61,7 @@ struct TileCall {
   Acc* out;
   int64_t out_stride;
   bool accumulate;
+  TileFinish<Acc> finish;  // of tiles that finish
 };
 
 template <class Acc>
@@ -115,7 +128,44 @@ struct RowElements<Acc, kRows, Rows::offsets> {
   FASTCONV_INLINE void advance() {}
 };
 
-template <class Acc, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder>
+template <class Acc, int kRows, int kVectors>
+FASTCONV_INLINE void finish_sums(const TileCall<Acc>& call, simd::Vec<Acc> (&sums)[kRows][kVectors]) {
+  using V = simd::Vec<Acc>;
+  constexpr int kLane = simd::kLanes<Acc>;
+  const TileFinish<Acc>& finish = call.finish;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    if (finish.scale) {
+      const V scale = simd::load(finish.scale + v * kLane);
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) sums[row][v] = sums[row][v] * scale;
+    }
+    if (finish.shift) {
+      const V shift = simd::load(finish.shift + v * kLane);
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) sums[row][v] = sums[row][v] + shift;
+    }
+  }
+  if (finish.residual) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        sums[row][v] = sums[row][v] + simd::load(finish.residual + row * call.out_stride + v * kLane);
+  }
+  if (finish.activation == Activation::none) return;
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<Acc>(sums[row][v], Activation::relu);
+  if (finish.activation != Activation::relu6) return;
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<Acc>(sums[row][v], Activation::relu6);
+}
+
+template <class Acc, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder, bool kFinish>
 __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
   using V = simd::Vec<Acc>;
   constexpr int kLane = simd::kLanes<Acc>;
@@ -123,6 +173,13 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
   const int64_t* b_offsets = call.b_offsets;
   const Acc* b = call.b;
   RowElements<Acc, kRows, kOrder> a(call);
+  if (kFinish && call.finish.residual) {
+    // It comes from as far away as the sums take to be ready.
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(call.finish.residual + row * call.out_stride + v * kLane);
+  }
   V sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
@@ -149,6 +206,7 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[row][v] += simd::load(call.out + row * call.out_stride + v * kLane);
   }
+  if constexpr (kFinish) finish_sums<Acc, kRows, kVectors>(call, sums);
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
@@ -156,7 +214,7 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
 }
 
 /// Tiles for 1..kTileRows rows and 1..kTileVectors vectors: edges do not pay for a full tile.
-template <class Acc, Rows kOrder, Columns kColumnOrder>
+template <class Acc, Rows kOrder, Columns kColumnOrder, bool kFinish>
 struct TileTable {
   TileFunction<Acc> functions[kTileRows + 1][kTileVectors + 1] = {};
 
@@ -173,13 +231,17 @@ struct TileTable {
   }
   template <int kRows, int kVectors>
   constexpr void fill_vectors() {
-    functions[kRows][kVectors] = &multiply_tile<Acc, kRows, kVectors, kOrder, kColumnOrder>;
+    functions[kRows][kVectors] = &multiply_tile<Acc, kRows, kVectors, kOrder, kColumnOrder, kFinish>;
     if constexpr (kVectors < kTileVectors) fill_vectors<kRows, kVectors + 1>();
   }
 };
 
 template <class Acc, Rows kOrder, Columns kColumnOrder = Columns::panel>
-inline constexpr TileTable<Acc, kOrder, kColumnOrder> kTiles{};
+inline constexpr TileTable<Acc, kOrder, kColumnOrder, false> kTiles{};
+
+/// Tiles that finish their sums.
+template <class Acc, Rows kOrder>
+inline constexpr TileTable<Acc, kOrder, Columns::panel, true> kFinishingTiles{};
 
 /// Rows cut into ceil(count / kTileRows) tiles of nearly equal height: 32 rows as 6+6+5+5+5+5, because a tile of two
 /// rows has too few independent sums to hide the latency of an FMA and would run at half speed.
