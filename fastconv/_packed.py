@@ -25,7 +25,7 @@ class _Forms:
 
     def __init__(self, key: tuple[Any, ...], weight: Tensor) -> None:
         self.key, self.storage = key, weight.untyped_storage()
-        self.by_layout: dict[bool, Tensor] = {}
+        self.packed: Tensor | None = None  # the same for every layout
         self.by_input: dict[tuple[Any, ...], Tensor | None] = {}
 
 
@@ -43,7 +43,7 @@ class PackedWeight:
 
     def bytes(self) -> int:
         forms = self._forms
-        return 0 if forms is None else sum(packed.nbytes for packed in forms.by_layout.values())
+        return 0 if forms is None or forms.packed is None else forms.packed.nbytes
 
     def find(self, input: Tensor, weight: Tensor, geometry: tuple[int, ...], groups: int) -> Tensor | None:
         """The form for this call, of plain tensors on the CPU; None if its kernel reads the weight itself."""
@@ -78,9 +78,9 @@ def _pack(forms: _Forms, input: Tensor, weight: Tensor, geometry: tuple[int, ...
         return None
     if plan["kernel"] != "conv2d/winograd":
         return None
-    if last not in forms.by_layout:
-        forms.by_layout[last] = ops.conv2d_pack(weight, geometry, groups, last)
-    return forms.by_layout[last]
+    if forms.packed is None:
+        forms.packed = ops.conv2d_pack(weight, geometry, groups, last)
+    return forms.packed
 
 
 def may_pack(layer: Any) -> bool:

@@ -106,19 +106,14 @@ void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout,
   });
 }
 
-/// Elements of conv2d_pack's result. One more in NHWC, so that neither layout's filters are taken for the other's.
-int64_t packed_elems(const GemmConv& product, Layout layout) {
-  return conv2d_kernels()->winograd_filter_elems(product, layout) + (layout == Layout::nhwc ? 1 : 0);
-}
-
 /// The filters in `packed` if they can serve the problem, else null; raises if they are of another one.
 const float* packed_filters(const Tensor* packed, const ConvProblem& p, const GemmConv& product) {
   if (packed == nullptr || refuse_packed(p) != nullptr) return nullptr;
   require(packed->is_cpu() && packed->is_contiguous() && packed->scalar_type() == torch::headeronly::ScalarType::Float,
           "conv2d_fused: packed is expected to be what conv2d_pack gave");
-  const int64_t wanted = packed_elems(product, p.layout);
+  const int64_t wanted = conv2d_kernels()->winograd_filter_elems(product);
   require(packed->numel() == wanted, "conv2d_fused: packed has ", packed->numel(), " elements, expected ", wanted,
-          "; pack this weight for this memory format (conv2d_pack)");
+          "; pack this weight (conv2d_pack)");
   return static_cast<const float*>(packed->const_data_ptr());
 }
 
@@ -146,11 +141,9 @@ struct CpuConv2d {
     require(reason == nullptr, "conv2d_pack: only Winograd keeps filters, and ", reason ? reason : "");
     std::vector<Tap> taps;
     const GemmConv product = forward_product(p, nullptr, weight.const_data_ptr(), nullptr, taps);
-    const int64_t elems = packed_elems(product, p.layout);
+    const int64_t elems = conv2d_kernels()->winograd_filter_elems(product);
     Tensor packed = torch::stable::empty({&elems, 1}, torch::headeronly::ScalarType::Float);
-    auto* filters = static_cast<float*>(packed.mutable_data_ptr());
-    filters[elems - 1] = 0;
-    conv2d_kernels()->winograd_filters(product, p.layout, p.dtype, filters);
+    conv2d_kernels()->winograd_filters(product, p.dtype, static_cast<float*>(packed.mutable_data_ptr()));
     return packed;
   }
 
