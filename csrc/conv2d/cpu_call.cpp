@@ -22,7 +22,7 @@ struct PackedHeader {
 
   PackedHeader(const ConvProblem& p, Kernel kernel, int64_t all_bytes)
       : form(int64_t{0x46434b57} << 32 | static_cast<int64_t>(active_isa()) << 24 | static_cast<int64_t>(kernel) << 16 |
-             static_cast<int64_t>(p.layout) << 8 | static_cast<int64_t>(p.dtype)),
+             static_cast<int64_t>(kernel == Kernel::conv2d_winograd ? Layout::nhwc : p.layout) << 8 | static_cast<int64_t>(p.dtype)),
         k(p.k),
         c_per_group(p.c_per_group()),
         r(p.r),
@@ -64,7 +64,7 @@ int64_t packed_bytes(const ConvProblem& problem, Kernel kernel) {
   const GemmConv product = forward_product(p, nullptr, nullptr, nullptr, taps);
   const Conv2dKernels& kernels = *conv2d_kernels();
   if (kernel == Kernel::conv2d_winograd)
-    return kHeaderBytes + kernels.winograd_filter_elems(product, p.layout) * static_cast<int64_t>(sizeof(float));
+    return kHeaderBytes + kernels.winograd_filter_elems(product) * static_cast<int64_t>(sizeof(float));
   return kHeaderBytes + kernels.tiled_panel_elems(product, p.dtype) * (p.dtype == DType::f64 ? 8 : 4);
 }
 
@@ -76,7 +76,7 @@ void pack_weight(const ConvProblem& problem, Kernel kernel, const void* weight, 
   std::vector<Tap> taps;
   const GemmConv product = forward_product(p, nullptr, weight, nullptr, taps);
   if (kernel == Kernel::conv2d_winograd)
-    conv2d_kernels()->winograd_filters(product, p.layout, p.dtype, static_cast<float*>(form));
+    conv2d_kernels()->winograd_filters(product, p.dtype, static_cast<float*>(form));
   else conv2d_kernels()->tiled_panels(product, p.dtype, form);
 }
 

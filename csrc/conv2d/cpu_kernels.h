@@ -89,16 +89,16 @@ inline constexpr Conv2dKernels kConv2dKernels = {
     [](const GemmConv& p, Layout layout, DType dtype, const float* filters) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        if constexpr (!__is_same(T, double)) convolve_winograd<T>(p, layout, filters);
+        if constexpr (!__is_same(T, double)) convolve_winograd<Winograd4, T>(p, layout, filters);
       });
     },
-    [](const GemmConv& p, Layout layout, DType dtype, float* filters) {
+    [](const GemmConv& p, DType dtype, float* filters) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        if constexpr (!__is_same(T, double)) transform_filters<T>(p, layout, filters);
+        if constexpr (!__is_same(T, double)) transform_filters<Winograd4, T>(p, filters);
       });
     },
-    [](const GemmConv& p, Layout layout) { return WinogradPlan(p, layout).filter_elems(p, layout); },
+    [](const GemmConv& p) { return WinogradPlan(p, Winograd4::kOutputs).filter_elems(p); },
     [](const GemmConv& p, Layout layout, DType dtype, float* energies) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);

@@ -18,10 +18,10 @@ class WinogradProduct {
       : kernels_(kernels),
         layout_(layout),
         dtype_(dtype),
-        elems_(kernels.winograd_filter_elems(p, layout)),
+        elems_(kernels.winograd_filter_elems(p)),
         own_(packed ? 0 : elems_ * static_cast<int64_t>(sizeof(float))),
         filters_(packed ? packed : own_.as<float>()) {
-    if (!packed) kernels.winograd_filters(p, layout, dtype, own_.as<float>());
+    if (!packed) kernels.winograd_filters(p, dtype, own_.as<float>());
   }
 
   void run(const GemmConv& p) const { kernels_.winograd(p, layout_, dtype_, filters_); }

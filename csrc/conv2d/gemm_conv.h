@@ -77,8 +77,8 @@ struct Conv2dKernels {
   /// One group, taps within 3x3, step 1; no float64. `filters` as winograd_filters made them.
   void (*winograd)(const GemmConv&, Layout, DType, const float* filters);
   /// Transforms the weights; filters[winograd_filter_elems - 1] is their largest magnitude, infinite or NaN if one is.
-  void (*winograd_filters)(const GemmConv&, Layout, DType, float* filters);
-  int64_t (*winograd_filter_elems)(const GemmConv&, Layout);
+  void (*winograd_filters)(const GemmConv&, DType, float* filters);
+  int64_t (*winograd_filter_elems)(const GemmConv&);
   /// energies[image][pixel] of x: the sum of squares over the channels. One group, no float64.
   void (*pixel_energies)(const GemmConv&, Layout, DType, float* energies);
   void (*tiled_weight_grad)(const GemmWeightGrad&, DType);

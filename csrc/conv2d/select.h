@@ -45,6 +45,12 @@ inline const char* refuse_winograd(const ConvProblem& p, ConvPass pass) {
   return nullptr;
 }
 
+/// Null if 4x4 tiles of an output of this size are not mostly beside it.
+inline const char* avoid_winograd_tiles(int64_t rows, int64_t columns) {
+  return round_up(rows, 4) * round_up(columns, 4) > 2 * rows * columns ? "its 4x4 tiles would hang over the edge"
+                                                                       : nullptr;
+}
+
 /// A quarter of the products, for transforms of inputs, outputs and, in every call, filters. Measured;
 /// csrc/conv2d/README.md.
 inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
@@ -52,14 +58,11 @@ inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
   const bool forward = pass == ConvPass::forward;
   const int64_t rows = forward ? p.p() : p.h, columns = forward ? p.q() : p.w;
   if (p.h * p.w == 0) return "there are no pixels to judge its condition by";
-  if (min_of(p.c, p.k) < (p.layout == Layout::nchw ? 48 : 32))
-    return "so few channels do not pay for the transforms of inputs and outputs";
+  if (min_of(p.c, p.k) < 32) return "so few channels do not pay for the transforms of inputs and outputs";
   // More than the allocator reuses from call to call, and every page of fresh memory costs as much as its products.
   if (36 * 4 * p.c * p.k > 30 << 20) return "the transformed filters would take more than 30 MiB";
-  if (p.n * rows * columns < 600) return "fewer than 600 pixels do not pay for the transform of the filters";
-  if (2 * round_up(rows, 4) * round_up(columns, 4) > 3 * rows * columns)
-    return "its 4x4 tiles would hang over the edge";
-  return nullptr;
+  if (p.n * rows * columns < 190) return "fewer than 190 pixels do not pay for the transform of the filters";
+  return avoid_winograd_tiles(rows, columns);
 }
 
 /// Null if transformed filters that were kept (conv2d_pack) can serve a forward pass, else the reason.
@@ -71,14 +74,11 @@ inline const char* refuse_packed(const ConvProblem& p) {
 
 /// As avoid_winograd, where the transform of the filters costs nothing. Measured; csrc/conv2d/README.md.
 inline const char* avoid_packed(const ConvProblem& p) {
-  const bool nchw = p.layout == Layout::nchw;
-  const int64_t rows = p.p(), columns = p.q();
   if (avoid_winograd(p, ConvPass::forward) == nullptr) return nullptr;
-  if (min_of(p.c, p.k) < (nchw ? 256 : 32)) return "so few channels do not pay for the transforms";
-  if (min_of(rows, columns) < (nchw ? 14 : 7)) return "so few tiles leave vectors empty";
+  if (min_of(p.c, p.k) < 32) return "so few channels do not pay for the transforms";
+  if (p.n * p.p() * p.q() < 36) return "so few tiles leave vectors empty";
   if (36 * 4 * p.c * p.k > 64 << 20) return "a layer keeps 64 MiB of filters at most";
-  if (2 * round_up(rows, 4) * round_up(columns, 4) > 3 * rows * columns) return "its tiles would hang over the edge";
-  return nullptr;
+  return avoid_winograd_tiles(p.p(), p.q());
 }
 
 inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
