@@ -26,13 +26,8 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def(
       "conv2d_fused.eager(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
       "geometry, int groups, int activation, Tensor? packed=None) -> Tensor");
-  // Into memory that is there already: output is of the result's shape, dense in its layout, and apart from all
-  // operands.
-  m.def(
-      "conv2d_fused.eager_into(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
-      "geometry, int groups, int activation, Tensor(a!) output, Tensor? packed=None) -> Tensor(a!)");
-  // The weight in the form of the kernel called `algo`, winograd or (channels_last) tiled, for the `packed` of these
-  // two: on the CPU. The caller answers for its being of this weight, and of the kernel that will be chosen.
+  // The weight in the form of the kernel called `algo`, winograd or (channels_last) tiled, for the `packed` of this
+  // one: on the CPU. The caller answers for its being of this weight, and of the kernel that will be chosen.
   m.def("conv2d_pack(Tensor weight, int[8] geometry, int groups, bool channels_last, str algo) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, "

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fastconv import _C
 from fastconv._library import EMULATED, ops
-from fastconv._reuse import Memory
 from fastconv.ops._autograd import suggested_format
 
 CHANNELS = 32  # with fewer Winograd is not chosen (csrc/conv2d/select.h)
@@ -103,19 +102,13 @@ def packed_weight(layer: Any) -> PackedWeight | None:
 
 
 class KeepsPacked(nn.Module):
-    """A layer of frozen weights that may keep packed forms of them, and memory for results (:func:`fastconv.fuse`)."""
+    """A layer of frozen weights that may keep packed forms of them (:func:`fastconv.fuse`)."""
 
-    memory: Memory | None
-    packed: PackedWeight | None
-
-    def _kept(self) -> tuple[Memory | None, PackedWeight | None]:
-        # A model that was saved by an earlier version has neither.
-        return getattr(self, "memory", None), getattr(self, "packed", None)
+    packed: PackedWeight | None = None  # of the class: a model that was saved by an earlier version has none
 
     def _forget(self) -> None:
-        packed = self._kept()[1]
-        if packed is not None:
-            packed.clear()
+        if self.packed is not None:
+            self.packed.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._forget()

@@ -18,7 +18,6 @@ from fastconv._module_copy import copy_structure, layer_type, opaque_reason, own
 from fastconv._network import FusedGraph
 from fastconv._packed import packed_weight
 from fastconv._report import ConversionReport, Entry, attach
-from fastconv._reuse import Memory
 from fastconv.convert import TO_FASTCONV, exchange_layer, named_layers, require_model
 from fastconv.fused import BATCH_NORMS, ConvBNReLU2d, FusedConv2d, activation_name, has_hooks
 from fastconv.layers import Conv2d
@@ -40,15 +39,14 @@ def fuse(model: nn.Module) -> nn.Module:
     ``forward``; inside it the children are fused one by one, an ``nn.Sequential`` as a run of layers that is taken to
     be called as a whole.
 
-    Results of 4 MiB and more, of calls without gradients on the CPU, take memory that the model keeps and uses again
-    once nobody holds the result.
-
-    In such calls layers also keep their weights in the form that their kernel reads, 64 MiB a layer at most: 3x3 layers
-    transformed (Winograd), four times their size, and for channels_last inputs the others in panels, of their size in
-    float32. It is made at the first call that has a use for it, and again after the weight was replaced, loaded, cast
-    or written to by an operator in place. What writes without counting up the weight's version (``weight.data``,
-    ``weight.numpy()``) is not noticed; call ``model.train().eval()`` after it, which drops what is kept. Weights that
-    were made in inference mode count no versions and are never kept.
+    In plain inference on the CPU (no gradients wanted, no hooks, no tracing) neighbouring layers that have kernels run
+    as one native call, channels_last inside whatever the caller's layout, with what lies between them in memory that
+    the model keeps for the next call. The weights of these layers are kept in the form that their kernels read, 64 MiB
+    a layer at most: 3x3 layers transformed (Winograd), two to four times their size, others in panels, of their size
+    in float32. All of it is made at the first call that has a use for it, and again after a weight or a layer was
+    replaced, loaded, cast or written to by an operator in place. Writing that does not count up the weight's version
+    (``weight.data``, ``weight.numpy()``) is not noticed; call ``model.train().eval()`` after it, which drops what is
+    kept.
 
     Args:
         model: a module in eval mode; it is not changed.
@@ -78,10 +76,8 @@ def _fuse(model: nn.Module) -> nn.Module:
     result = _Fuser(report).fuse(root, "")
     for name, module in named_layers(result):
         exchange_layer(report, TO_FASTCONV, name, module, module)
-    memory = Memory()
     for module in result.modules():
         if isinstance(module, FusedConv2d):
-            module.memory = memory
             module.packed = packed_weight(module)
     attach(result, report)
     if isinstance(result, fx.GraphModule):
