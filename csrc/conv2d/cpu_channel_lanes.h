@@ -143,8 +143,10 @@ struct ChannelLanesPlan {
   void share_kept(const GemmConv& p, int64_t threads, int64_t fitting) {
     const int64_t fewest = ceil_div(pixels, fitting), wanted = ceil_div(threads, p.groups);
     double least = 0;
-    for (const int64_t strip_count : {fewest, min_of(pixels, round_up(fewest, wanted))})
-      for (const int64_t part_count : {int64_t{1}, min_of(panels, wanted)}) {
+    const int64_t strip_counts[] = {fewest, min_of(pixels, round_up(fewest, wanted))};
+    const int64_t part_counts[] = {1, min_of(panels, wanted)};
+    for (const int64_t strip_count : strip_counts)
+      for (const int64_t part_count : part_counts) {
         const int64_t length = ceil_div(pixels, strip_count), per_part = ceil_div(panels, part_count);
         const int64_t all_strips = ceil_div(pixels, length), parts = ceil_div(panels, per_part);
         const int64_t tiles = ceil_div(length, kTileRows);
