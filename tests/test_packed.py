@@ -143,6 +143,43 @@ def test_panels_of_tiled_give_the_same_bits(options, dtype, poisoned):
         layer.packed.clear()
 
 
+@pytest.mark.parametrize("options", [*TILED, {"channels": 96, "filters": 160, "kernel": 1, "size": 7}], ids=str)
+@torch.no_grad()
+def test_any_number_of_threads_gives_the_same_bits(options):
+    """Pixels and panels are shared out by what is most even, which no result may show."""
+    layer = layer_of(fused(**{name: value for name, value in options.items() if name != "size"}))
+    x = images(options["channels"], options.get("size", 14)).to(memory_format=torch.channels_last)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5, 16):
+            torch.set_num_threads(count)
+            results.append(layer(x).clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "tanh"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@torch.no_grad()
+def test_what_follows_the_sums(activation, with_residual):
+    """Whole tiles do it in registers, all others in a second pass; a NaN stays one."""
+    model = fused(40, 72, 1)
+    layer = layer_of(model)
+    layer.activation = activation
+    x = images(40, 13).to(memory_format=torch.channels_last) * 3
+    x[0, 3, 5, 5] = float("nan")
+    residual = images(72, 13, seed=2).to(memory_format=torch.channels_last) if with_residual else None
+    wanted = nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double())
+    wanted = wanted if residual is None else wanted + residual
+    follows = {"none": lambda y: y, "relu": torch.relu, "relu6": nn.functional.relu6, "tanh": torch.tanh}
+    found = layer(x, residual)
+    assert kept(model) > 0
+    assert found.isnan().sum() == 72
+    torch.testing.assert_close(found.double(), follows[activation](wanted), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 @torch.no_grad()
 def test_no_form_is_made_where_no_kernel_reads_it():
     model = fused(512, 512)
