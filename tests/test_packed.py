@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packing import fused, images, kept, layer_of
 from torch import Tensor, nn
 
 import fastconv
@@ -22,25 +23,6 @@ pytestmark = pytest.mark.skipif(fastconv._library.EMULATED, reason="of the CPU's
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 GEOMETRY = (1, 1, 1, 1, 1, 1, 1, 1)
-
-
-def fused(channels: int = 64, filters: int = 64, kernel: int = 3, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(channels, filters, kernel, **{"padding": kernel // 2, **options})
-    return fastconv.fuse(nn.Sequential(conv, nn.BatchNorm2d(filters), nn.ReLU()).eval())
-
-
-def layer_of(model: nn.Module) -> Any:
-    (layer,) = (module for module in model.modules() if isinstance(module, FusedConv2d))
-    return layer
-
-
-def images(channels: int = 64, size: int = 28, n: int = 1, seed: int = 1) -> Tensor:
-    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def kept(model: nn.Module) -> int:
-    return int(layer_of(model).packed.bytes())
 
 
 @torch.no_grad()
@@ -103,45 +85,6 @@ def test_what_kernel_packed_weights_choose():
     assert "winograd" not in kernels(512, 5)
     assert "winograd" not in kernels(256, 14, dtype="float64")
     assert "winograd" not in kernels(256, 14, stride=(2, 2))
-
-
-TILED = [
-    {"channels": 64, "filters": 96, "kernel": 1},
-    {"channels": 50, "filters": 75, "kernel": 1, "stride": 2},
-    {"channels": 1100, "filters": 40, "kernel": 1},  # more than one block of depth
-    {"channels": 64, "filters": 64, "stride": 2},
-    {"channels": 40, "filters": 31, "dilation": 2},
-    {"channels": 64, "filters": 64, "groups": 2, "kernel": 5},
-    {"channels": 3, "filters": 64, "kernel": 7, "stride": 2},  # padded rows
-    {"channels": 20, "filters": 48, "kernel": 14, "padding": 0},  # as large as the image
-]
-
-
-@pytest.mark.parametrize("options", TILED, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@torch.no_grad()
-def test_panels_of_tiled_give_the_same_bits(options, dtype, poisoned):
-    model = fused(**options).to(dtype)
-    layer = layer_of(model)
-    geometry = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups, 1
-    for n, size in ((1, 14), (3, 14), (1, 33)):
-        x = images(options["channels"], size, n).to(dtype)
-        residual = torch.randn_like(layer(x)).to(memory_format=torch.channels_last)
-        assert kept(model) == 0, "contiguous inputs keep no panels"
-        x = x.to(memory_format=torch.channels_last)
-        named = torch.ops.fastconv.conv2d_fused(x, layer.weight, None, layer.bias, residual, *geometry, "tiled")
-        reset_stats()
-        for _ in range(2):
-            found = layer(x, residual)
-            assert torch.equal(found, named)
-            assert found.stride() == named.stride()
-        assert {key: value for key, value in stats().items() if key.startswith("conv2d")} == {"conv2d/tiled": 2}
-        size_of_sums = 8 if dtype == torch.float64 else 4
-        padded = layer.groups * -(-layer.weight.shape[0] // layer.groups // 32) * 32
-        assert (
-            layer.weight.numel() * size_of_sums < kept(model) <= 64 + (layer.weight[0].numel() * padded * size_of_sums)
-        )
-        layer.packed.clear()
 
 
 @torch.no_grad()
@@ -377,23 +320,3 @@ def test_the_operators_refuse_what_is_not_theirs():
             pack(*arguments)
     with pytest.raises(RuntimeError, match="leave packed out"):  # an image without Winograd
         eager(torch.randn(1, 64, 3, 3), weight, None, None, None, GEOMETRY, 1, 0, packed)
-
-
-def test_panels_of_another_weight_are_refused():
-    pack, eager = torch.ops.fastconv.conv2d_pack, torch.ops.fastconv.conv2d_fused.eager
-    geometry = (1, 1, 0, 0, 0, 0, 1, 1)
-    x, weight = images(64, 14).to(memory_format=torch.channels_last), torch.randn(128, 64, 1, 1)
-    packed = pack(weight, geometry, 1, True, "tiled")
-    expected = nn.functional.conv2d(x, weight)
-    torch.testing.assert_close(
-        eager(x, weight, None, None, None, geometry, 1, 0, packed), expected, rtol=1e-4, atol=1e-4
-    )
-    turned = pack(torch.randn(64, 128, 1, 1), geometry, 1, True, "tiled")
-    assert turned.shape == packed.shape, "else its size alone would tell"
-    halves = pack(weight.bfloat16(), geometry, 1, True, "tiled")
-    assert halves.shape == packed.shape
-    for wrong in (turned, halves, torch.zeros_like(packed), pack(weight[:64], geometry, 1, True, "tiled")):
-        with pytest.raises(RuntimeError, match="pack this weight"):
-            eager(x, weight, None, None, None, geometry, 1, 0, wrong)
-    with pytest.raises(RuntimeError, match="packed"):
-        eager(images(64, 14), weight, None, None, None, geometry, 1, 0, packed)
