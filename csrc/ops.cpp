@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
       "geometry, int groups, int activation, Tensor(a!) output, Tensor? packed=None) -> Tensor(a!)");
   // The weight in a kernel's own form, for the `packed` of these two: on the CPU, where Winograd serves it. The caller
   // answers for its being of this weight.
-  m.def("conv2d_pack(Tensor weight, int[8] geometry, int groups, bool channels_last) -> Tensor");
+  m.def("conv2d_pack(Tensor weight, int[8] geometry, int groups, bool channels_last, int tile=4) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, "
       "int[2] dilation, int groups, str? algo) -> Tensor");

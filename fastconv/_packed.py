@@ -25,7 +25,7 @@ class _Forms:
 
     def __init__(self, key: tuple[Any, ...], weight: Tensor) -> None:
         self.key, self.storage = key, weight.untyped_storage()
-        self.packed: Tensor | None = None  # the same for every layout
+        self.by_tile: dict[int, Tensor] = {}  # F(2x2) and F(4x4), the same for every layout
         self.by_input: dict[tuple[Any, ...], Tensor | None] = {}
 
 
@@ -43,7 +43,7 @@ class PackedWeight:
 
     def bytes(self) -> int:
         forms = self._forms
-        return 0 if forms is None or forms.packed is None else forms.packed.nbytes
+        return 0 if forms is None else sum(packed.nbytes for packed in forms.by_tile.values())
 
     def find(self, input: Tensor, weight: Tensor, geometry: tuple[int, ...], groups: int) -> Tensor | None:
         """The form for this call, of plain tensors on the CPU; None if its kernel reads the weight itself."""
@@ -78,9 +78,10 @@ def _pack(forms: _Forms, input: Tensor, weight: Tensor, geometry: tuple[int, ...
         return None
     if plan["kernel"] != "conv2d/winograd":
         return None
-    if forms.packed is None:
-        forms.packed = ops.conv2d_pack(weight, geometry, groups, last)
-    return forms.packed
+    tile = plan["winograd_tile"]
+    if tile not in forms.by_tile:
+        forms.by_tile[tile] = ops.conv2d_pack(weight, geometry, groups, last, tile)
+    return forms.by_tile[tile]
 
 
 def may_pack(layer: Any) -> bool:

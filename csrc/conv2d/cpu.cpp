@@ -64,7 +64,7 @@ struct CpuChoice {
 };
 
 /// One product by the kernel of its pass.
-void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype, const float* packed = nullptr) {
+void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype, const KeptFilters& use) {
   const Conv2dKernels& kernels = *conv2d_kernels();
   switch (kernel) {
     case Kernel::conv2d_naive:
@@ -75,24 +75,23 @@ void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dt
       return kernels.rows(product, dtype);
     case Kernel::conv2d_winograd:
     case Kernel::conv2d_input_grad_winograd:
-      return WinogradProduct(kernels, product, layout, dtype, packed).run(product);
+      return WinogradProduct(kernels, product, layout, dtype, use).run(product);
     default:
       return kernels.tiled(&product, 1, layout, dtype);
   }
 }
 
 /// One product; every kernel that computes an image of it is counted, once.
-void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout, DType dtype,
-                const float* packed = nullptr) {
+void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout, DType dtype, const KeptFilters& use) {
   if (!choice.otherwise) {
     count_call(choice.kernel);
-    return run_product(choice.kernel, product, layout, dtype, packed);
+    return run_product(choice.kernel, product, layout, dtype, use);
   }
-  const std::vector<double> energies = winograd_energies(*conv2d_kernels(), product, layout, dtype);
+  const std::vector<double> energies = winograd_energies(*conv2d_kernels(), product, layout, dtype, use.form);
   const auto at = [&](int64_t image) { return energies[static_cast<std::size_t>(image)]; };
   std::optional<WinogradProduct> winograd;
   const bool any = std::any_of(energies.begin(), energies.end(), [](double energy) { return energy >= 0; });
-  if (any) winograd.emplace(*conv2d_kernels(), product, layout, dtype, packed);
+  if (any) winograd.emplace(*conv2d_kernels(), product, layout, dtype, use);
   const auto fits = [&](int64_t image) {
     return winograd && at(image) >= 0 && winograd->stays_finite(product, at(image));
   };
@@ -102,26 +101,31 @@ void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout,
     if (!counted[fit]) count_call(kernel);
     counted[fit] = true;
     if (fit) winograd->run(images);
-    else run_product(kernel, images, layout, dtype);
+    else run_product(kernel, images, layout, dtype, use);
   });
 }
 
 /// The filters in `packed` if they can serve the problem, else null; raises if they are of another one.
-const float* packed_filters(const Tensor* packed, const ConvProblem& p, const GemmConv& product) {
-  if (packed == nullptr || refuse_packed(p) != nullptr) return nullptr;
+KeptFilters kept_filters(const Tensor* packed, const ConvProblem& p, const GemmConv& product) {
+  if (packed == nullptr || refuse_packed(p) != nullptr)
+    return {WinogradCost(p, ConvPass::forward, false).form(), nullptr};
   require(packed->is_cpu() && packed->is_contiguous() && packed->scalar_type() == torch::headeronly::ScalarType::Float,
           "conv2d_fused: packed is expected to be what conv2d_pack gave");
-  const int64_t wanted = conv2d_kernels()->winograd_filter_elems(product);
-  require(packed->numel() == wanted, "conv2d_fused: packed has ", packed->numel(), " elements, expected ", wanted,
-          "; pack this weight (conv2d_pack)");
-  return static_cast<const float*>(packed->const_data_ptr());
+  const auto wanted = [&](WinogradForm form) { return conv2d_kernels()->winograd_filter_elems(product, form); };
+  const auto* filters = static_cast<const float*>(packed->const_data_ptr());
+  for (const WinogradForm form : {WinogradForm::f2, WinogradForm::f4})
+    if (packed->numel() == wanted(form)) return {form, filters};
+  require(false, "conv2d_fused: packed has ", packed->numel(), " elements, expected ", wanted(WinogradForm::f4), " or ",
+          wanted(WinogradForm::f2), "; pack this weight (conv2d_pack)");
+  return {};
 }
 
 struct CpuConv2d {
   static constexpr bool kPacks = true;
 
   static CpuChoice with_condition(Kernel kernel, const ConvProblem& p, ConvPass pass) {
-    if (winograd_condition(kernel) == nullptr) return {kernel, std::nullopt};
+    if (kernel != Kernel::conv2d_winograd && kernel != Kernel::conv2d_input_grad_winograd)
+      return {kernel, std::nullopt};
     return {kernel, select_conv2d(p, pass, "direct")};
   }
 
@@ -135,15 +139,15 @@ struct CpuConv2d {
   }
 
   /// Transformed filters, which any image of at least 4x4 pixels may use.
-  static Tensor pack(ConvProblem p, const Tensor& weight) {
+  static Tensor pack(ConvProblem p, const Tensor& weight, WinogradForm form) {
     p.n = 1, p.h = p.w = 4;
     const char* reason = refuse_packed(p);
     require(reason == nullptr, "conv2d_pack: only Winograd keeps filters, and ", reason ? reason : "");
     std::vector<Tap> taps;
     const GemmConv product = forward_product(p, nullptr, weight.const_data_ptr(), nullptr, taps);
-    const int64_t elems = conv2d_kernels()->winograd_filter_elems(product);
+    const int64_t elems = conv2d_kernels()->winograd_filter_elems(product, form);
     Tensor packed = torch::stable::empty({&elems, 1}, torch::headeronly::ScalarType::Float);
-    conv2d_kernels()->winograd_filters(product, p.dtype, static_cast<float*>(packed.mutable_data_ptr()));
+    conv2d_kernels()->winograd_filters(product, p.dtype, form, static_cast<float*>(packed.mutable_data_ptr()));
     return packed;
   }
 
@@ -160,7 +164,7 @@ struct CpuConv2d {
     std::vector<Tap> taps;
     GemmConv product = forward_product(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), taps);
     product.epilogue = epilogue;
-    run_choice(choice, product, p.layout, p.dtype, packed_filters(fused.packed, p, product));
+    run_choice(choice, product, p.layout, p.dtype, kept_filters(fused.packed, p, product));
   }
 
   static void input_grad(const CpuChoice& choice, const ConvProblem& p, const Tensor& grad, const Tensor& weight,
@@ -178,13 +182,14 @@ struct CpuConv2d {
       for (int64_t b = 0; b < columns; ++b)
         phases.push_back(input_grad_product(p, {a, b}, grad.const_data_ptr(), weight.const_data_ptr(),
                                             grad_input.mutable_data_ptr(), taps[phases.size()]));
-    if (phases.size() == 1) return run_choice(choice, phases[0], p.layout, p.dtype);
+    const KeptFilters none{WinogradCost(p, ConvPass::input_grad, false).form(), nullptr};
+    if (phases.size() == 1) return run_choice(choice, phases[0], p.layout, p.dtype, none);
     count_call(choice.kernel);
     if (choice.kernel == Kernel::conv2d_input_grad_tiled) {
       conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype);
       return;
     }
-    for (const GemmConv& phase : phases) run_product(choice.kernel, phase, p.layout, p.dtype);
+    for (const GemmConv& phase : phases) run_product(choice.kernel, phase, p.layout, p.dtype, none);
   }
 
   static void weight_grad(const CpuChoice& choice, const ConvProblem& p, const Tensor& grad, const Tensor& x,
