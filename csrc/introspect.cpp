@@ -137,6 +137,7 @@ py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& strid
   py::dict plan;
   plan["condition"] = py::none();
   plan["keeps_weight"] = false;
+  plan["winograd_tile"] = py::none();
   if (is_cuda(device)) {
     add_choice(plan, kCudaConvCandidates, select_cuda_conv2d(p, pass, asked), p, pass,
                [](auto&) { return py::none(); });
@@ -144,8 +145,11 @@ py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& strid
     const bool kept = packed && asked.empty() && pass == ConvPass::forward;
     const Kernel chosen = kept ? select_packed_conv2d(p) : select_conv2d(p, pass, asked);
     add_choice(plan, kConvCandidates, chosen, p, pass, [&](auto& name) { return tile_of(name, p, pass); });
-    if (const char* condition = winograd_condition(chosen); condition != nullptr && asked.empty())
-      plan["condition"] = condition;
+    const WinogradForm form = WinogradCost(p, pass, kept).form();
+    if (const char* condition = winograd_condition(chosen, form)) {
+      plan["winograd_tile"] = winograd_outputs(form);
+      if (asked.empty()) plan["condition"] = condition;
+    }
     plan["keeps_weight"] = kept && refuse_keeping(p, chosen) == nullptr;
   }
   plan["output_shape"] = py::make_tuple(p.n, p.k, p.p(), p.q());

@@ -25,7 +25,7 @@ class _Forms:
 
     def __init__(self, key: tuple[Any, ...], weight: Tensor) -> None:
         self.key, self.storage = key, weight.untyped_storage()
-        self.by_kernel: dict[str, Tensor] = {}
+        self.by_kernel: dict[tuple[str, int], Tensor] = {}
         self.by_input: dict[tuple[Any, ...], Tensor | None] = {}
 
 
@@ -86,9 +86,10 @@ def _pack(forms: _Forms, input: Tensor, weight: Tensor, geometry: tuple[int, ...
         return None
     if not plan["keeps_weight"]:
         return None
-    kernel = plan["algo"]  # winograd has one form for both layouts, tiled has one in channels_last alone
+    # Winograd has two forms, each for both layouts; tiled has one, in channels_last alone.
+    kernel = plan["algo"], plan["winograd_tile"] or 4
     if kernel not in forms.by_kernel:
-        forms.by_kernel[kernel] = ops.conv2d_pack(weight, geometry, groups, last, kernel)
+        forms.by_kernel[kernel] = ops.conv2d_pack(weight, geometry, groups, last, *kernel)
     return forms.by_kernel[kernel]
 
 

@@ -81,8 +81,10 @@ def test_what_kernel_packed_weights_choose():
 
     for channels, size in ((512, 7), (256, 14), (512, 14), (128, 14), (32, 7), (64, 13), (64, 6)):
         assert kernels(channels, size) == ["winograd", "winograd"]
-    assert "winograd" not in kernels(1024, 14), "its memory"
-    assert "winograd" not in kernels(512, 5)
+    assert "winograd" not in kernels(1056, 14), "its memory"
+    assert "winograd" not in kernels(512, 4)
+    assert kernels(64, 4) == ["winograd", "winograd"]
+    assert "winograd" not in kernels(64, 3)
     assert "winograd" not in kernels(256, 14, dtype="float64")
     assert "winograd" not in kernels(256, 14, stride=(2, 2))
 
@@ -115,15 +117,16 @@ def test_images_outside_the_condition_go_to_direct(memory_format):
     assert torch.equal(found[1:], torch.ops.fastconv.conv2d_fused(x[1:], *arguments, "direct"))
 
 
-@pytest.mark.parametrize(("channels", "size"), [(32, 7), (512, 7), (64, 14), (512, 14)])
+@pytest.mark.parametrize(("channels", "size"), [(64, 4), (64, 6), (32, 7), (512, 7), (64, 14), (512, 14)])
+@FORMATS
 @torch.no_grad()
-def test_errors_on_small_maps(channels, size):
+def test_errors_on_small_maps(channels, size, memory_format):
     """Maps that have Winograd only with kept filters: the bound of test_winograd_choice.py."""
     model = fused(channels, channels)
     layer, x = layer_of(model), images(channels, size, 2).relu()
     layer.activation = "none"
     reset_stats()
-    found = layer(x.to(memory_format=torch.channels_last))
+    found = layer(x.to(memory_format=memory_format))
     assert [key for key in stats() if key.startswith("conv2d")] == ["conv2d/winograd"]
     shift = layer.bias.double()
     wanted = nn.functional.conv2d(x.double(), layer.weight.double(), shift, padding=1)

@@ -65,15 +65,15 @@ struct CpuConv2d {
 
   static CpuChoice select_packed(const ConvProblem& p) { return choose_packed_conv2d(p); }
 
-  static Tensor pack(ConvProblem p, const Tensor& weight, std::string_view algo) {
+  static Tensor pack(ConvProblem p, const Tensor& weight, std::string_view algo, WinogradForm form) {
     p = image_for_weight(p);
     require(algo == "winograd" || algo == "tiled", "conv2d_pack: algo is \"", algo, "\", expected winograd or tiled");
     const Kernel kernel = algo == "tiled" ? Kernel::conv2d_tiled : Kernel::conv2d_winograd;
-    const int64_t bytes = packed_bytes(p, kernel);
+    const int64_t bytes = packed_bytes(p, kernel, form);
     const char* reason = refuse_keeping(p, kernel);
     require(bytes > 0, "conv2d_pack: ", algo, " keeps no form of this weight: ", reason ? reason : "");
     Tensor packed = torch::stable::empty({&bytes, 1}, torch::headeronly::ScalarType::Byte);
-    pack_weight(p, kernel, weight.const_data_ptr(), packed.mutable_data_ptr());
+    pack_weight(p, kernel, form, weight.const_data_ptr(), packed.mutable_data_ptr());
     return packed;
   }
 
@@ -108,13 +108,14 @@ struct CpuConv2d {
       for (int64_t b = 0; b < columns; ++b)
         phases.push_back(input_grad_product(p, {a, b}, grad.const_data_ptr(), weight.const_data_ptr(),
                                             grad_input.mutable_data_ptr(), taps[phases.size()]));
-    if (phases.size() == 1) return run_choice(choice, phases[0], p.layout, p.dtype);
+    const KeptWeight none{WinogradCost(p, ConvPass::input_grad, false).form(), nullptr};
+    if (phases.size() == 1) return run_choice(choice, phases[0], p.layout, p.dtype, none);
     count_call(choice.kernel);
     if (choice.kernel == Kernel::conv2d_input_grad_tiled) {
       conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype, nullptr);
       return;
     }
-    for (const GemmConv& phase : phases) run_product(choice.kernel, phase, p.layout, p.dtype);
+    for (const GemmConv& phase : phases) run_product(choice.kernel, phase, p.layout, p.dtype, none);
   }
 
   static void weight_grad(const CpuChoice& choice, const ConvProblem& p, const Tensor& grad, const Tensor& x,

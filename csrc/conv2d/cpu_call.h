@@ -30,15 +30,19 @@ CpuChoice choose_packed_conv2d(const ConvProblem& p);
 /// The problem with another image, of the smallest size that may use a packed weight: its form depends on none.
 ConvProblem image_for_weight(ConvProblem p);
 
-/// Bytes of the form in which a forward kernel reads the weight, with a header; 0 if it reads the weight as it is.
-int64_t packed_bytes(const ConvProblem& p, Kernel kernel);
+/// Bytes of the form in which a forward kernel reads the weight, with a header; 0 if it reads the weight as it is. Only
+/// Winograd's depends on `form`.
+int64_t packed_bytes(const ConvProblem& p, Kernel kernel, WinogradForm form);
 
 /// Writes packed_bytes bytes: a header by which the form is known, then the weight. No alignment is asked for; 64 bytes
 /// are best. `weight` is dense in p.layout.
-void pack_weight(const ConvProblem& p, Kernel kernel, const void* weight, void* packed);
+void pack_weight(const ConvProblem& p, Kernel kernel, WinogradForm form, const void* weight, void* packed);
 
 /// Throws std::runtime_error unless `bytes` bytes from `packed` on are pack_weight's of such a weight for this kernel.
 void check_packed(const ConvProblem& p, Kernel kernel, const void* packed, int64_t bytes);
+
+/// The kernel that `packed` is for, checked likewise, whether or not it is the best for this problem.
+CpuChoice choose_by_packed(const ConvProblem& p, const void* packed, int64_t bytes);
 
 /// y = activation(scale * (x * weight) + shift + residual), and counts the call. Tensors are dense in p.layout, scale
 /// and shift in the type of the sums. `packed`, of choice.kernel and checked, or null; the weight is always needed:
@@ -46,11 +50,16 @@ void check_packed(const ConvProblem& p, Kernel kernel, const void* packed, int64
 void convolve(const ConvProblem& p, const CpuChoice& choice, const void* x, const void* weight, const void* packed,
               const Epilogue& epilogue, void* y);
 
-/// One product by the kernel of its pass, uncounted. `packed`: the weight in that kernel's form, without the header.
-void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype, const void* packed = nullptr);
+/// The weight in its kernel's form without the header, or null; the form of Winograd matters to no other kernel.
+struct KeptWeight {
+  WinogradForm form;
+  const void* data;
+};
+
+/// One product by the kernel of its pass, uncounted.
+void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype, const KeptWeight& kept);
 
 /// One product; every kernel that computes an image of it is counted, once.
-void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout, DType dtype,
-                const void* packed = nullptr);
+void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout, DType dtype, const KeptWeight& kept);
 
 }  // namespace fastconv

@@ -86,19 +86,25 @@ inline constexpr Conv2dKernels kConv2dKernels = {
       return elems;
     },
     [](const GemmConv& p, DType dtype) { for_dtype(dtype, [&](auto type) { convolve_rows<decltype(type)>(p); }); },
-    [](const GemmConv& p, Layout layout, DType dtype, const float* filters) {
+    [](const GemmConv& p, Layout layout, DType dtype, WinogradForm form, const float* filters) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        if constexpr (!__is_same(T, double)) convolve_winograd<Winograd4, T>(p, layout, filters);
+        if constexpr (!__is_same(T, double)) {
+          if (form == WinogradForm::f2) convolve_winograd<Winograd2, T>(p, layout, filters);
+          else convolve_winograd<Winograd4, T>(p, layout, filters);
+        }
       });
     },
-    [](const GemmConv& p, DType dtype, float* filters) {
+    [](const GemmConv& p, DType dtype, WinogradForm form, float* filters) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        if constexpr (!__is_same(T, double)) transform_filters<Winograd4, T>(p, filters);
+        if constexpr (!__is_same(T, double)) {
+          if (form == WinogradForm::f2) transform_filters<Winograd2, T>(p, filters);
+          else transform_filters<Winograd4, T>(p, filters);
+        }
       });
     },
-    [](const GemmConv& p) { return WinogradPlan(p, Winograd4::kOutputs).filter_elems(p); },
+    [](const GemmConv& p, WinogradForm form) { return WinogradPlan(p, static_cast<int64_t>(form)).filter_elems(p); },
     [](const GemmConv& p, Layout layout, DType dtype, float* energies) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);

@@ -33,8 +33,8 @@ struct WinogradPlan {
     constexpr int64_t kColumns = kTileColumns<float>, kLane = simd::kLanes<float>;
     rows = ceil_div(p.i, outputs), columns = ceil_div(p.j, outputs);
     tiles = p.n * rows * columns;
-    // V takes 4 * products bytes a tile and channel, and shares L2 with M and the filters that stream by.
-    blocks = ceil_div(tiles, p.c > 128 ? kTileRows : 2 * kTileRows);
+    // Every block reads all filters; V takes 4 * products bytes a tile and channel, and shares L2 with M and them.
+    blocks = ceil_div(tiles, outputs == 4 ? 12 : 24);
     block_tiles = ceil_div(tiles, blocks);
     const int64_t steps = ceil_div(p.m, kColumns), threads = thread_count();
     // Every part transforms the inputs again.

@@ -126,16 +126,18 @@ struct Conv2dOps {
   }
 
   /// The weight in the form that kernels for frozen weights read, for conv2d_fused.eager.
-  static Tensor pack(const Tensor& weight, IntList geometry, int64_t groups, bool channels_last, std::string algo) {
+  static Tensor pack(const Tensor& weight, IntList geometry, int64_t groups, bool channels_last, std::string algo,
+                     int64_t tile) {
     const char* op = "conv2d_pack";
     const Geometry g(weight, weight, geometry);
+    require(tile == 2 || tile == 4, op, ": tile is ", tile, ", expected 2 or 4 (rows of outputs)");
     ConvProblem p = conv_problem(op, g.stride, g.padding, g.dilation, groups);
     require_rank(op, "weight", weight, 4);
     p.dtype = dtype_of(op, weight);
     p.layout = channels_last ? Layout::nhwc : Layout::nchw;
     p.c = weight.size(1) * groups;
     set_weight(op, p, weight.size(0), weight.size(2), weight.size(3));
-    return Device::pack(p, dense(weight, p.layout), algo);
+    return Device::pack(p, dense(weight, p.layout), algo, static_cast<WinogradForm>(tile));
   }
 
   static Tensor conv2d(const Tensor& input, const Tensor& weight, MaybeTensor bias, IntList stride, IntList padding,

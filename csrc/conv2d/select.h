@@ -3,6 +3,7 @@
 
 #include "common/registry.h"
 #include "conv2d/candidates.h"
+#include "conv2d/gemm_conv.h"
 
 namespace fastconv {
 
@@ -45,24 +46,63 @@ inline const char* refuse_winograd(const ConvProblem& p, ConvPass pass) {
   return nullptr;
 }
 
-/// Null if 4x4 tiles of an output of this size are not mostly beside it.
-inline const char* avoid_winograd_tiles(int64_t rows, int64_t columns) {
-  return round_up(rows, 4) * round_up(columns, 4) > 2 * rows * columns ? "its 4x4 tiles would hang over the edge"
-                                                                       : nullptr;
-}
+/// Products of a tile of each form of Winograd; outputs of a tile's row.
+constexpr int64_t winograd_products(WinogradForm form) { return form == WinogradForm::f2 ? 16 : 36; }
+constexpr int64_t winograd_outputs(WinogradForm form) { return form == WinogradForm::f2 ? 2 : 4; }
 
-/// A quarter of the products, for transforms of inputs, outputs and, in every call, filters. Measured;
-/// csrc/conv2d/README.md.
+/// What decides whether Winograd pays, and which form of it: `kept` filters cost no transform.
+struct WinogradCost {
+  int64_t n, rows, columns, filters;  // of the output; filters are pairs of channels
+  bool kept;
+
+  WinogradCost(const ConvProblem& p, ConvPass pass, bool kept_filters)
+      : n(p.n),
+        rows(pass == ConvPass::forward ? p.p() : p.h),
+        columns(pass == ConvPass::forward ? p.q() : p.w),
+        filters(p.c * p.k),
+        kept(kept_filters) {}
+
+  int64_t tiles(WinogradForm form) const {
+    return ceil_div(rows, winograd_outputs(form)) * ceil_div(columns, winograd_outputs(form));
+  }
+  int64_t filter_bytes(WinogradForm form) const { return 4 * winograd_products(form) * filters; }
+
+  /// Of a call that transforms filters: more than the allocator reuses from call to call, and every page of fresh
+  /// memory costs as much as its products. Of kept ones: what a layer may keep.
+  bool fits(WinogradForm form) const { return filter_bytes(form) <= (kept ? 64 << 20 : 30 << 20); }
+
+  bool beyond_caches() const { return filter_bytes(WinogradForm::f4) > 16 << 20; }
+
+  /// Products of a filter. The transform of one number costs as much as 20 products; reading it, kept, hides behind 4,
+  /// or 10 from beyond the caches.
+  int64_t products(WinogradForm form) const {
+    const int64_t read = beyond_caches() ? 10 : 4;
+    return winograd_products(form) * (kept ? max_of(n * tiles(form), read) : n * tiles(form) + 20);
+  }
+
+  /// F(2x2) has more products, but smaller filters, and less beside small images.
+  WinogradForm form() const {
+    if (!fits(WinogradForm::f4)) return WinogradForm::f2;
+    return products(WinogradForm::f2) <= products(WinogradForm::f4) ? WinogradForm::f2 : WinogradForm::f4;
+  }
+
+  /// Less than a third saved of the 9 products an output, or hardly a tile.
+  bool hangs_over() const {
+    return min_of(rows, columns) < 4 || 6 * rows * columns < winograd_products(form()) * tiles(form());
+  }
+};
+
+/// A quarter of the products, or less than half, for transforms of inputs, outputs and, in every call, filters.
+/// Measured; csrc/conv2d/README.md.
 inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
   if (pass == ConvPass::weight_grad) return "its weight gradient is that of tiled";
-  const bool forward = pass == ConvPass::forward;
-  const int64_t rows = forward ? p.p() : p.h, columns = forward ? p.q() : p.w;
+  const WinogradCost cost(p, pass, false);
   if (p.h * p.w == 0) return "there are no pixels to judge its condition by";
   if (min_of(p.c, p.k) < 32) return "so few channels do not pay for the transforms of inputs and outputs";
-  // More than the allocator reuses from call to call, and every page of fresh memory costs as much as its products.
-  if (36 * 4 * p.c * p.k > 30 << 20) return "the transformed filters would take more than 30 MiB";
-  if (p.n * rows * columns < 190) return "fewer than 190 pixels do not pay for the transform of the filters";
-  return avoid_winograd_tiles(rows, columns);
+  if (!cost.fits(cost.form())) return "the transformed filters would take more than 30 MiB";
+  if (cost.n * cost.rows * cost.columns < 100)
+    return "fewer than 100 pixels do not pay for the transform of the filters";
+  return cost.hangs_over() ? "its tiles would hang over the edge" : nullptr;
 }
 
 /// Null if transformed filters that were kept (conv2d_pack) can serve a forward pass, else the reason.
@@ -74,11 +114,12 @@ inline const char* refuse_packed(const ConvProblem& p) {
 
 /// As avoid_winograd, where the transform of the filters costs nothing. Measured; csrc/conv2d/README.md.
 inline const char* avoid_packed(const ConvProblem& p) {
-  if (avoid_winograd(p, ConvPass::forward) == nullptr) return nullptr;
+  const WinogradCost cost(p, ConvPass::forward, true);
   if (min_of(p.c, p.k) < 32) return "so few channels do not pay for the transforms";
-  if (p.n * p.p() * p.q() < 36) return "so few tiles leave vectors empty";
-  if (36 * 4 * p.c * p.k > 64 << 20) return "a layer keeps 64 MiB of filters at most";
-  return avoid_winograd_tiles(p.p(), p.q());
+  if (!cost.fits(cost.form())) return "a layer keeps 64 MiB of filters at most";
+  if (cost.beyond_caches() && cost.n * cost.rows * cost.columns < 25)
+    return "for so few pixels the weights themselves are read sooner";
+  return cost.hangs_over() ? "its tiles would hang over the edge" : nullptr;
 }
 
 inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
@@ -125,8 +166,9 @@ inline Kernel select_packed_conv2d(const ConvProblem& problem) {
 
 /// The values that a kernel is chosen for, when it is not named; null if it is all. Other images go to the kernel of
 /// algo="direct" (cpu_winograd_condition.h).
-inline const char* winograd_condition(Kernel kernel) {
+inline const char* winograd_condition(Kernel kernel, WinogradForm form) {
   if (kernel != Kernel::conv2d_winograd && kernel != Kernel::conv2d_input_grad_winograd) return nullptr;
+  if (form == WinogradForm::f2) return "finite images (csrc/conv2d/README.md); others as algo=\"direct\"";
   return "finite images without large values beside small ones (csrc/conv2d/README.md); others as algo=\"direct\"";
 }
 

@@ -58,12 +58,11 @@ class Places {
             " has ", tensor.numel(), " elements, expected ", elems, " of the step's dtype");
     return tensor.const_data_ptr();
   }
-  /// A constant that conv2d_pack made for this kernel.
-  const void* packed(int64_t index, const ConvProblem& p, Kernel kernel) const {
+  /// A constant that conv2d_pack made.
+  const Tensor& packed(int64_t index) const {
     const Tensor& tensor = element(constants_, index);
     require(tensor.is_cpu() && tensor.is_contiguous(), kOp, ": a packed weight is expected to be dense on the CPU");
-    check_packed(p, kernel, tensor.const_data_ptr(), tensor.numel() * tensor.element_size());
-    return tensor.const_data_ptr();
+    return tensor;
   }
 
  private:
@@ -91,12 +90,14 @@ void convolve(const Step& step, const Places& places) {
   epilogue.shift = places.constant(step.shift, p.k, sums_dtype(p.dtype));
   epilogue.residual = step.residual.base == kNothing ? nullptr : places.at(step.residual, outputs);
   epilogue.activation = static_cast<Activation>(a[16]);
-  const void* packed = nullptr;
+  const Tensor* packed = step.packed == kNothing ? nullptr : &places.packed(step.packed);
+  // The packed form decides, whatever would be chosen for so many images.
   const CpuChoice choice =
-      step.packed == kNothing ? choose_conv2d(p, ConvPass::forward, "") : choose_packed_conv2d(p);
-  if (step.packed != kNothing) packed = places.packed(step.packed, p, choice.kernel);
+      packed ? choose_by_packed(p, packed->const_data_ptr(), packed->numel() * packed->element_size())
+             : choose_conv2d(p, ConvPass::forward, "");
   convolve(p, choice, places.at(step.input, p.n * p.c * p.h * p.w),
-           places.constant(step.weight, p.k * p.c_per_group() * p.r * p.s, p.dtype), packed, epilogue,
+           places.constant(step.weight, p.k * p.c_per_group() * p.r * p.s, p.dtype),
+           packed ? packed->const_data_ptr() : nullptr, epilogue,
            places.at(step.output, outputs));
 }
 
