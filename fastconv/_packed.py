@@ -1,7 +1,7 @@
 """Weights of a fused model in the form that a kernel reads, made once: the transformed filters of Winograd.
 
-They take four times the weight's memory. Fused weights are frozen, so what is watched for is what replaces a weight,
-and the version counter, which operators that write in place count up.
+They take four times the weight's memory, 1.8 times for small images, or both. Fused weights are frozen, so what is
+watched for is what replaces a weight, and the version counter, which operators that write in place count up.
 """
 
 from __future__ import annotations
