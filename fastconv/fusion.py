@@ -42,11 +42,11 @@ def fuse(model: nn.Module) -> nn.Module:
     Results of 4 MiB and more, of calls without gradients on the CPU, take memory that the model keeps and uses again
     once nobody holds the result.
 
-    In such calls 3x3 layers also keep their weights in a transformed form (Winograd), four times their size (1.8
-    times for small images; both where a layer sees both) and 64 MiB a form at most, made at the first call that has a
-    use for it, and again after the weight was replaced, loaded, cast or written to by an operator in place. What writes without counting up the weight's version (``weight.data``,
-    ``weight.numpy()``) is not noticed; call ``model.train().eval()`` after it, which drops what is kept. Weights that
-    were made in inference mode count no versions and are never kept.
+    In such calls 3x3 layers also keep their weights in a transformed form (Winograd), four times their size (1.8 times
+    for small images; both where a layer sees both) and 64 MiB a form at most, made at the first call that has a use for
+    it, and again after the weight was replaced, loaded, cast or written to by an operator in place. What writes without
+    counting up the weight's version (``weight.data``, ``weight.numpy()``) is not noticed; call ``model.train().eval()``
+    after it, which drops what is kept. Weights that were made in inference mode count no versions and are never kept.
 
     Args:
         model: a module in eval mode; it is not changed.
