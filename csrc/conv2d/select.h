@@ -116,7 +116,7 @@ inline const char* refuse_packed(const ConvProblem& p) {
 inline const char* avoid_packed(const ConvProblem& p) {
   const WinogradCost cost(p, ConvPass::forward, true);
   if (min_of(p.c, p.k) < 32) return "so few channels do not pay for the transforms";
-  if (!cost.fits(cost.form())) return "a layer keeps 64 MiB of filters at most";
+  if (!cost.fits(cost.form())) return "a layer keeps 64 MiB of one form of filters at most";
   if (cost.beyond_caches() && cost.n * cost.rows * cost.columns < 25)
     return "for so few pixels the weights themselves are read sooner";
   return cost.hangs_over() ? "its tiles would hang over the edge" : nullptr;
