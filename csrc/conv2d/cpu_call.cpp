@@ -23,7 +23,8 @@ struct PackedHeader {
   PackedHeader() = default;
   PackedHeader(const ConvProblem& p, Kernel kernel, WinogradForm winograd, int64_t all_bytes)
       : form(int64_t{0x46434b57} << 32 | static_cast<int64_t>(active_isa()) << 24 | static_cast<int64_t>(kernel) << 16 |
-             static_cast<int64_t>(kernel == Kernel::conv2d_winograd ? Layout::nhwc : p.layout) << 8 | static_cast<int64_t>(p.dtype)),
+             static_cast<int64_t>(kernel == Kernel::conv2d_winograd ? Layout::nhwc : p.layout) << 8 |
+             static_cast<int64_t>(p.dtype)),
         k(p.k),
         c_per_group(p.c_per_group()),
         r(p.r),
@@ -120,7 +121,8 @@ void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dt
       return kernels.rows(product, dtype);
     case Kernel::conv2d_winograd:
     case Kernel::conv2d_input_grad_winograd:
-      return WinogradProduct(kernels, product, layout, dtype, kept.form, static_cast<const float*>(kept.data)).run(product);
+      return WinogradProduct(kernels, product, layout, dtype, kept.form, static_cast<const float*>(kept.data))
+          .run(product);
     default:
       return kernels.tiled(&product, 1, layout, dtype, kept.data);
   }
@@ -135,8 +137,7 @@ void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout,
   const auto at = [&](int64_t image) { return energies[static_cast<std::size_t>(image)]; };
   std::optional<WinogradProduct> winograd;
   const bool any = std::any_of(energies.begin(), energies.end(), [](double energy) { return energy >= 0; });
-  if (any)
-    winograd.emplace(*conv2d_kernels(), product, layout, dtype, kept.form, static_cast<const float*>(kept.data));
+  if (any) winograd.emplace(*conv2d_kernels(), product, layout, dtype, kept.form, static_cast<const float*>(kept.data));
   const auto fits = [&](int64_t image) {
     return winograd && at(image) >= 0 && winograd->stays_finite(product, at(image));
   };

@@ -14,7 +14,8 @@ namespace fastconv {
 /// A product as Winograd computes it, with its transformed filters: its own, or those that conv2d_pack made.
 class WinogradProduct {
  public:
-  WinogradProduct(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype, WinogradForm form, const float* kept)
+  WinogradProduct(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype, WinogradForm form,
+                  const float* kept)
       : kernels_(kernels),
         layout_(layout),
         dtype_(dtype),

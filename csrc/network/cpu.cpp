@@ -92,13 +92,12 @@ void convolve(const Step& step, const Places& places) {
   epilogue.activation = static_cast<Activation>(a[16]);
   const Tensor* packed = step.packed == kNothing ? nullptr : &places.packed(step.packed);
   // The packed form decides, whatever would be chosen for so many images.
-  const CpuChoice choice =
-      packed ? choose_by_packed(p, packed->const_data_ptr(), packed->numel() * packed->element_size())
-             : choose_conv2d(p, ConvPass::forward, "");
+  const CpuChoice choice = packed
+                               ? choose_by_packed(p, packed->const_data_ptr(), packed->numel() * packed->element_size())
+                               : choose_conv2d(p, ConvPass::forward, "");
   convolve(p, choice, places.at(step.input, p.n * p.c * p.h * p.w),
            places.constant(step.weight, p.k * p.c_per_group() * p.r * p.s, p.dtype),
-           packed ? packed->const_data_ptr() : nullptr, epilogue,
-           places.at(step.output, outputs));
+           packed ? packed->const_data_ptr() : nullptr, epilogue, places.at(step.output, outputs));
 }
 
 PoolProblem pool_of(const Step& step, DType dtype) {
