@@ -81,7 +81,8 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
       "local_response_norm_backward(Tensor grad_output, Tensor input, int size, float alpha, float beta, float k) -> "
       "Tensor");
 
-  // The layers of a fused network, as csrc/network/network.h describes them, on tensors: its inputs, then its outputs.
+  // The layers of a fused network, as csrc/network/network.h describes them, on tensors: its inputs, then its outputs,
+  // which are written. Of no use but to fastconv/_network.py, in plain eager inference.
   m.def("network(Tensor program, Tensor[] tensors, Tensor[] constants, Tensor workspace) -> ()");
 
   // Calls per kernel since the last reset, in the registry's order: of CPU kernels, and of CUDA kernels.

@@ -260,27 +260,7 @@ class _Matcher:
         return False
 
     def _written_by(self, node: fx.Node) -> list[fx.Node]:
-        """The arguments that ``node`` changes, or may change."""
-        layer = layer_of(self.root, node)
-        if layer is not None:
-            own = type(layer).__module__
-            if own.startswith(("torch.nn.", "fastconv.")):
-                return list(node.all_input_nodes[:1]) if getattr(layer, "inplace", False) else []
-            return list(node.all_input_nodes)
-        if node.op == "call_method":
-            name = str(node.target)
-            return list(node.all_input_nodes[:1]) if name.endswith("_") and name != "__getitem__" else []
-        if node.op != "call_function":
-            return []
-        function: Any = node.target
-        home = getattr(function, "__module__", None) or "torch"
-        if not home.startswith(("torch", "fastconv", "_operator", "operator", "builtins", "math")):
-            return list(node.all_input_nodes)
-        flagged = (
-            any(argument is True for argument in (*node.args[1:], node.kwargs.get("inplace"))) or "out" in node.kwargs
-        )
-        written = flagged or function in IN_PLACE_OPERATORS.values() or getattr(function, "__name__", "").endswith("_")
-        return list(node.all_input_nodes) if written else []
+        return written_by(layer_of(self.root, node), node)
 
     def _origins(self, node: fx.Node) -> set[fx.Node]:
         """The nodes whose memory ``node`` may share, itself among them."""
@@ -298,6 +278,27 @@ class _Matcher:
             if not fresh or self._written_by(current):
                 pending += current.all_input_nodes
         return found
+
+
+def written_by(layer: nn.Module | None, node: fx.Node) -> list[fx.Node]:
+    """The arguments that ``node`` changes, or may change."""
+    if layer is not None:
+        own = type(layer).__module__
+        if own.startswith(("torch.nn.", "fastconv.")):
+            return list(node.all_input_nodes[:1]) if getattr(layer, "inplace", False) else []
+        return list(node.all_input_nodes)
+    if node.op == "call_method":
+        name = str(node.target)
+        return list(node.all_input_nodes[:1]) if name.endswith("_") and name != "__getitem__" else []
+    if node.op != "call_function":
+        return []
+    function: Any = node.target
+    home = getattr(function, "__module__", None) or "torch"
+    if not home.startswith(("torch", "fastconv", "_operator", "operator", "builtins", "math")):
+        return list(node.all_input_nodes)
+    flagged = any(argument is True for argument in (*node.args[1:], node.kwargs.get("inplace"))) or "out" in node.kwargs
+    written = flagged or function in IN_PLACE_OPERATORS.values() or getattr(function, "__name__", "").endswith("_")
+    return list(node.all_input_nodes) if written else []
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

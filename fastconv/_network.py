@@ -10,6 +10,7 @@ graph as it is.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +19,19 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from fastconv import _eager
+from fastconv._graph_fusion import layer_of, written_by
 from fastconv._library import EMULATED, ops
 from fastconv._network_layers import DENSE_BATCH, Emit, emitter, is_alias, tensors_of, trains
 from fastconv._network_plan import Builder, Plan, Unplannable
+from fastconv._network_watch import Watch
 from fastconv._packed import PackedWeight
 from fastconv.fused import has_hooks
 from fastconv.ops._autograd import suggested_format
 
+_function_modes = torch._C._len_torch_function_stack
 _has_global_hook = nn.modules.module._has_any_global_hook
 _network: Any = None if EMULATED else _eager._direct(ops.network.default)
-PLANS = 16  # kinds of inputs that a run remembers; one that sees more starts anew
+PLANS = 64  # kinds of inputs that a run remembers
 
 
 class FusedGraph(fx.GraphModule):
@@ -62,13 +66,19 @@ class FusedGraph(fx.GraphModule):
     def _forget(self) -> None:
         self.__dict__.pop("_networks", None)
 
+    def __copy__(self) -> Any:
+        return _as_fused(super().__copy__())
+
     def __reduce__(self) -> Any:
         make, arguments = super().__reduce__()[:2]
         return _reload, (make, arguments)
 
 
 def _reload(make: Any, arguments: Any) -> Any:
-    model = make(*arguments)
+    return _as_fused(make(*arguments))
+
+
+def _as_fused(model: fx.GraphModule) -> Any:
     type(model).__bases__ = (FusedGraph,)  # torch makes a class for each GraphModule, of its own base
     return model
 
@@ -78,7 +88,7 @@ class Networks:
 
     def __init__(self) -> None:
         self.workspaces = Workspaces()
-        self.packed: dict[int, PackedWeight] = {}
+        self.packed: weakref.WeakKeyDictionary[nn.Module, PackedWeight] = weakref.WeakKeyDictionary()
         self.found: dict[tuple[bool, bool], Network] = {}
 
     def __reduce__(self) -> Any:
@@ -90,9 +100,12 @@ class Networks:
             return None
         key = (torch.is_grad_enabled(), args[0].shape[0] <= DENSE_BATCH)
         network = self.found.get(key)
-        if network is None or not network.is_current():
+        if network is not None and not network.watch.is_current():
+            self.found = {}  # the others hold what is gone as well
+            network = None
+        if network is None:
             network = self.found[key] = Network(model, self, *key)
-        return network if network.runs and network.inputs == len(args) else None
+        return network if network.runs and network.takes(len(args)) else None
 
 
 class Workspaces:
@@ -108,7 +121,7 @@ class Workspaces:
         # What is far too large was for another batch.
         if kept is not None and size <= kept.numel() <= 4 * size + (1 << 20):
             return kept
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def give(self, workspace: Tensor) -> None:
         with self._lock:
@@ -123,24 +136,35 @@ class Network:
 
     def __init__(self, model: FusedGraph, owner: Networks, grads: bool, few: bool) -> None:
         self.model, self.owner, self.grads = model, owner, grads
-        self.places: list[tuple[dict[str, Any], str, nn.Module]] = []  # where the layers of runs are
-        self.packed: list[tuple[PackedWeight, int]] = []
-        self.tensors: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
-        nodes = list(model.graph.nodes)
-        self.inputs = sum(node.op == "placeholder" for node in nodes)
+        self.watch = Watch(model)
+        self.copies: dict[int, Tensor] = {}
         self.parts: list[Run | fx.Node] = []
+        nodes = list(model.graph.nodes)
+        self.placeholders = [node for node in nodes if node.op == "placeholder"]
+        layers = {node: layer_of(model, node) for node in nodes}
+        emitters: dict[fx.Node, Emit | None] = {}
+        for node, layer in layers.items():
+            may_run = layer is None or self._may_run(layer, grads, few)
+            emitters[node] = emitter(node, layers, emitters) if may_run else None
+        # What writes in place would see whether a view is one.
+        written = any(written_by(layers[node], node) for node in nodes if emitters[node] is None)
         run: list[tuple[fx.Node, Emit, Any]] = []
         for node in nodes:
-            layer = _layer_of(model, node)
-            emit = emitter(node, layer)
-            if emit is not None and (layer is None or self._may_run(layer, grads, few)):
-                run.append((node, emit, layer))
-            else:
+            emit = emitters[node]
+            if emit is None or (written and is_alias(node, layers[node])):
                 self._close(run)
                 self.parts.append(node)
+            else:
+                run.append((node, emit, layers[node]))
         self._close(run)
         self.runs = [part for part in self.parts if isinstance(part, Run)]
         self.ends = self._last_uses()
+
+    def takes(self, count: int) -> bool:
+        """True if so many arguments are enough, and no placeholder stands for several."""
+        if len(self.placeholders) < count or any(str(node.target).startswith("*") for node in self.placeholders):
+            return False
+        return all(node.args for node in self.placeholders[count:])
 
     def _may_run(self, layer: nn.Module, grads: bool, few: bool) -> bool:
         if has_hooks(layer) or layer.training or (isinstance(layer, nn.Linear) and not few):
@@ -157,43 +181,25 @@ class Network:
         while run and is_alias(run[-1][0], run[-1][2]) and any(user not in inside for user in run[-1][0].users):
             tail.append(run[-1][0])
             inside.remove(run.pop()[0])
-        if any(isinstance(node.op, str) and not is_alias(node, layer) for node, _, layer in run):
+        if any(not is_alias(node, layer) for node, _, layer in run):
             self.parts.append(Run(run))
             for node, _, layer in run:
                 if layer is not None:
-                    self._watch(node, layer)
+                    self.watch.add(node, layer, self.packed_of(layer))
         else:
             self.parts += [node for node, _, _ in run]
         self.parts += reversed(tail)
         run.clear()
 
-    def _watch(self, node: fx.Node, layer: nn.Module) -> None:
-        parent, _, name = str(node.target).rpartition(".")
-        self.places.append((self.model.get_submodule(parent)._modules, name, layer))
-        packed = self.packed_of(layer)
-        self.packed.append((packed, packed.cleared))
-        for kept in (layer._parameters, layer._buffers):
-            for key, tensor in kept.items():
-                if tensor is not None:
-                    self.tensors.append((kept, key, tensor, tensor._version, tensor.data_ptr()))
-
-    def is_current(self) -> bool:
-        """True if layers and weights are those that the programs were made for."""
-        for modules, name, layer in self.places:
-            if modules.get(name) is not layer or layer.training or layer._forward_hooks or layer._forward_pre_hooks:
-                return False
-        if any(packed.cleared != cleared for packed, cleared in self.packed):
-            return False
-        for kept, key, tensor, version, address in self.tensors:
-            if kept.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                return False
-        return True
-
     def packed_of(self, layer: Any) -> PackedWeight:
-        own = getattr(layer, "packed", None)
-        if own is None:
-            own = self.owner.packed.setdefault(id(layer), PackedWeight())
-        return own
+        own: PackedWeight | None = getattr(layer, "packed", None)
+        return self.owner.packed.setdefault(layer, PackedWeight()) if own is None else own
+
+    def channels_last(self, weight: Tensor) -> Tensor:
+        """A copy of ``weight``, one for all programs."""
+        if id(weight) not in self.copies:
+            self.copies[id(weight)] = weight.detach().contiguous(memory_format=torch.channels_last)
+        return self.copies[id(weight)]
 
     def _last_uses(self) -> dict[int, list[fx.Node]]:
         """The values that nobody reads after a part."""
@@ -213,16 +219,18 @@ class Network:
             if isinstance(part, Run):
                 part(self, values)
             elif part.op == "output":
-                return map_arg(part.args[0], values.__getitem__)
+                return _looked_up(part.args[0], values)
+            elif part.op == "placeholder":
+                values[part] = next(remaining, part.args[0] if part.args else None)
             else:
-                values[part] = next(remaining) if part.op == "placeholder" else self.run_node(part, values)
+                values[part] = self.run_node(part, values)
             for node in self.ends.get(index, ()):
                 values.pop(node, None)
         raise RuntimeError("fastconv: the model's graph has no output")
 
     def run_node(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """One node as the graph has it."""
-        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = _looked_up(node.args, values), _looked_up(node.kwargs, values)
         target: Any = node.target
         if node.op == "call_module":
             return self.model.get_submodule(target)(*args, **kwargs)
@@ -249,20 +257,22 @@ class Run:
     def __call__(self, network: Network, values: dict[fx.Node, Any]) -> None:
         inputs = [_dense(values[node]) for node in self.inputs]
         key = tuple(
-            (x.shape, x.stride(), x.dtype, network.grads and x.requires_grad) if type(x) is Tensor else None
-            for x in inputs
+            (x.shape, x.stride(), x.dtype, network.grads and x.requires_grad) if _is_plain(x) else None for x in inputs
         )
         try:
             plan = self.plans[key]
         except KeyError:
+            plan = self._plan(network, inputs)
             if len(self.plans) >= PLANS:
-                self.plans.clear()
-            plan = self.plans[key] = self._plan(network, inputs)
+                self.plans.pop(next(iter(self.plans)), None)
+            self.plans[key] = plan
         if plan is None:
             for node, _, _ in self.nodes:
                 values[node] = network.run_node(node, values)
             return
-        outputs = [torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in plan.outputs]
+        outputs = [
+            torch.empty_strided(shape, stride, dtype=dtype, device="cpu") for shape, stride, dtype in plan.outputs
+        ]
         workspace = network.owner.workspaces.take(plan.workspace)
         try:
             _network(plan.program, inputs + outputs, plan.constants, workspace)
@@ -271,10 +281,11 @@ class Run:
         values.update(zip(self.outputs, outputs, strict=True))
 
     def _plan(self, network: Network, inputs: Sequence[Any]) -> Plan | None:
-        builder = Builder(network.packed_of)
+        folded = {node for node, _, layer in self.nodes if type(layer) is nn.ReLU}
+        builder = Builder(network.packed_of, network.channels_last, folded)
         try:
             for node, tensor in zip(self.inputs, inputs, strict=True):
-                if type(tensor) is not Tensor or not tensor.is_cpu:
+                if not _is_plain(tensor):
                     raise Unplannable("an input is no plain tensor")
                 if network.grads and tensor.requires_grad:
                     raise Unplannable("an input wants a gradient")
@@ -282,12 +293,24 @@ class Run:
             for node, emit, layer in self.nodes:
                 emit(builder, node, layer)
             return builder.finish(self.outputs)
-        except Unplannable:
-            return None
+        except (Unplannable, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return None  # the layers themselves say what is wrong
 
 
-def _layer_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _looked_up(argument: Any, values: dict[fx.Node, Any]) -> Any:
+    """``argument`` with values in place of nodes, in lists and dicts that are Python's own."""
+    if isinstance(argument, fx.Node):
+        return values[argument]
+    if isinstance(argument, dict):
+        return {key: _looked_up(value, values) for key, value in argument.items()}
+    if type(argument) is tuple or isinstance(argument, list):
+        items = [_looked_up(item, values) for item in argument]
+        return items if isinstance(argument, list) else tuple(items)
+    return map_arg(argument, values.__getitem__)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is Tensor and value.is_cpu and not value._is_zerotensor()
 
 
 def _dense(value: Any) -> Any:

@@ -21,15 +21,24 @@ DENSE_BATCH = 32  # images at once; for more torch's nn.Linear is the better one
 Emit = Callable[[Builder, fx.Node, Any], None]
 
 
-def emitter(node: fx.Node, layer: nn.Module | None) -> Emit | None:
-    """What adds the step of ``node``, a call of ``layer`` or a function's; None if there is none."""
-    if node.kwargs or not node.args:
-        return _FUNCTIONS.get(node.target) if _is_flatten(node) else None
-    if layer is not None:
-        return _LAYERS.get(type(layer)) if len(node.args) <= (2 if type(layer) is FusedConv2d else 1) else None
-    if node.op == "call_function":
-        return _FUNCTIONS.get(node.target)
-    return None
+def emitter(node: fx.Node, layers: dict[fx.Node, Any], emitters: dict[fx.Node, Any]) -> Emit | None:
+    """What adds the step of ``node``, or None if there is none; the nodes before it have theirs."""
+    layer = layers[node]
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if layer is None:
+        found = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        known = {"start_dim", "end_dim"} if found is _flatten else set()
+        return found if set(node.kwargs) <= known else None
+    if node.kwargs or len(node.args) > (2 if type(layer) is FusedConv2d else 1):
+        return None
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return None
+    if type(layer) is nn.ReLU:
+        before = node.args[0]
+        follows = type(layers.get(before)) is nn.Linear and emitters.get(before) is not None and len(before.users) == 1
+        return _alias if follows else None
+    return _LAYERS.get(type(layer))
 
 
 def is_alias(node: fx.Node, layer: nn.Module | None) -> bool:
@@ -46,13 +55,7 @@ def trains(layer: nn.Module) -> bool:
     return any(tensor.requires_grad for tensor in tensors_of(layer))
 
 
-def _is_flatten(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is torch.flatten
-
-
 def _fused_conv2d(builder: Builder, node: fx.Node, layer: FusedConv2d) -> None:
-    if layer.padding_mode != "zeros":
-        raise Unplannable("its padding is not zero")
     geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
     residual = node.args[1] if len(node.args) > 1 else None
     added = None if residual is None else builder.image(residual)
@@ -62,14 +65,18 @@ def _fused_conv2d(builder: Builder, node: fx.Node, layer: FusedConv2d) -> None:
 
 
 def _conv2d(builder: Builder, node: fx.Node, layer: Any) -> None:
-    if layer.padding_mode != "zeros" or type(layer)._conv_forward is not Conv2d._conv_forward:
-        raise Unplannable("its padding is not zero")
+    _check_bias(layer)
     stride, dilation = _two(layer.stride), _two(layer.dilation)
     if stride is None or dilation is None:
         raise Unplannable("its stride or dilation is no pair of integers")
     geometry = (stride, four_sides(layer), dilation, layer.groups)
     packed = builder.packed_of(layer)
     builder.convolve(node, builder.image(node.args[0]), layer.weight, layer.bias, geometry, 0, None, packed)
+
+
+def _check_bias(layer: Any) -> None:
+    if layer.bias is not None and layer.bias.dtype != layer.weight.dtype:
+        raise Unplannable("weight and bias have two dtypes")
 
 
 def _window(builder: Builder, node: fx.Node, layer: Any, dilation: Any) -> tuple[Value, tuple[int, ...]]:
@@ -129,9 +136,14 @@ def _dropout(builder: Builder, node: fx.Node, layer: nn.Dropout) -> None:
 
 
 def _flatten(builder: Builder, node: fx.Node, layer: Any) -> None:
-    dims = (layer.start_dim, layer.end_dim) if layer is not None else (*node.args[1:], *node.kwargs.values())
+    if layer is not None:
+        dims = layer.start_dim, layer.end_dim
+    else:
+        given = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False))}
+        given.update(node.kwargs)
+        dims = given["start_dim"], given["end_dim"]
     value = builder.value(node.args[0])
-    if value.like.dim() != 4 or dims not in ((1, -1), (1,), (1, 3)):
+    if value.like.dim() != 4 or dims not in ((1, -1), (1, 3)):
         raise Unplannable("it does not flatten images")
     buffer = builder.contiguous(value)
     builder.values[node] = Value(value.like.new_empty(value.like.shape).flatten(1), buffer, False)
@@ -140,35 +152,17 @@ def _flatten(builder: Builder, node: fx.Node, layer: Any) -> None:
 def _linear(builder: Builder, node: fx.Node, layer: nn.Linear) -> None:
     """A 1x1 convolution of images of one pixel."""
     value = builder.value(node.args[0])
+    _check_bias(layer)
     if value.like.dim() != 2 or value.like.shape[1] != layer.in_features:
         raise Unplannable("its input is no batch of vectors")
     pixels = Value(value.like[:, :, None, None], value.buffer, True)
     window = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
     weight = layer.weight[:, :, None, None]
-    code = activation_code("relu") if _relu_of(node) else 0
+    reader = next(iter(node.users), None)
+    code = activation_code("relu") if reader in builder.folded else 0
     builder.convolve(node, pixels, weight, layer.bias, window, code, None, None)
     result = builder.values[node]
     builder.values[node] = Value(result.like.flatten(1), result.buffer, False)
-
-
-def _relu_of(node: fx.Node) -> fx.Node | None:
-    """The ReLU that is the only reader of ``node``."""
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is None or reader.kwargs or reader.args != (node,):
-        return None
-    root = reader.graph.owning_module
-    layer = root.get_submodule(str(reader.target)) if reader.op == "call_module" and root is not None else None
-    return reader if type(layer) is nn.ReLU else None
-
-
-def _relu(builder: Builder, node: fx.Node, layer: Any) -> None:
-    before = node.args[0]
-    root = node.graph.owning_module
-    if not isinstance(before, fx.Node) or before.op != "call_module" or root is None or before not in builder.values:
-        raise Unplannable("nothing before it takes it in")
-    if type(root.get_submodule(str(before.target))) is not nn.Linear or _relu_of(before) is not node:
-        raise Unplannable("nothing before it takes it in")
-    _alias(builder, node, layer)
 
 
 _LAYERS: dict[Any, Emit] = {
@@ -182,7 +176,6 @@ _LAYERS: dict[Any, Emit] = {
     nn.Dropout: _dropout,
     nn.Flatten: _flatten,
     nn.Linear: _linear,
-    nn.ReLU: _relu,
 }
 _FUNCTIONS: dict[Any, Emit] = {
     torch.flatten: _flatten,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fastconv._arguments import DTYPES
 from fastconv._packed import PackedWeight
 from fastconv.ops._autograd import suggested_format
 from fastconv.ops.conv2d import output_size
@@ -103,6 +104,8 @@ class Builder:
     """Steps for layers in the order in which they run; see ``_network_layers`` for the layers."""
 
     packed_of: Callable[[Any], PackedWeight]
+    channels_last: Callable[[Tensor], Tensor]  # a copy of a weight
+    folded: set[fx.Node]  # activations that the layer before them takes in
     values: dict[fx.Node, Value] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
@@ -111,8 +114,8 @@ class Builder:
 
     def add_input(self, node: fx.Node, tensor: Tensor) -> None:
         """An input that is dense in one of the two formats."""
-        if tensor.numel() == 0:
-            raise Unplannable("it is empty")
+        if tensor.numel() == 0 or tensor.dtype not in DTYPES:
+            raise Unplannable("it is empty, or of no dtype that the kernels know")
         buffer = Buffer(tensor.nbytes, 0, 0, -1 - len(self.external))
         self.external.append(buffer)
         last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
@@ -187,6 +190,8 @@ class Builder:
     ) -> None:
         stride, padding, dilation, groups = geometry
         like = input.like
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in DTYPES):
+            raise Unplannable("the bias does not fit the weight")
         if weight.dtype != like.dtype or not weight.is_cpu or weight.shape[1] * groups != like.shape[1]:
             raise Unplannable("the weight does not fit the input")
         shape = (like.shape[0], weight.shape[0], *output_size(like.shape[2:], weight.shape[2:], *geometry[:3]))
@@ -196,7 +201,7 @@ class Builder:
         form = None if packed is None else self._packed(packed, input, weight, geometry)
         last = weight.is_contiguous(memory_format=torch.channels_last)
         if form is None and not last:  # its kernel would turn it round in every call
-            weight, last = weight.contiguous(memory_format=torch.channels_last), True
+            weight, last = self.channels_last(weight), True
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.step(
             CONVOLVE,
@@ -249,12 +254,12 @@ class Builder:
             for first in range(0, images, stage.images):
                 for step in self.steps[stage.begin : stage.end]:
                     numbers += step.row(first, min(stage.images, images - first), images)
-        return Plan(torch.tensor(numbers, dtype=torch.int64), self.constants, described, workspace)
+        return Plan(torch.tensor(numbers, dtype=torch.int64, device="cpu"), self.constants, described, workspace)
 
     def _stages(self) -> list[Stage]:
         images = self.steps[0].images if self.steps else 0
         if any(step.images != images for step in self.steps):
-            return [Stage(0, len(self.steps), images)]
+            raise Unplannable("its inputs have several batches")
         stages: list[Stage] = []
         most = images
         for index in reversed(range(len(self.steps))):

@@ -1,4 +1,5 @@
 // Carries out the program of a fused network on the CPU.
+#include <initializer_list>
 #include <vector>
 
 #include "common/checks.h"
@@ -19,6 +20,20 @@ constexpr const char* kOp = "network";
 
 FASTCONV_KERNEL_TABLE(pool_kernels)
 
+/// Their product, of positive numbers.
+int64_t elements(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes)
+    require(size > 0 && !__builtin_mul_overflow(product, size, &product) && product <= INT64_MAX / 8, kOp,
+            ": a step's sizes are out of range");
+  return product;
+}
+
+/// Dense in one of the two formats: numel elements from its address on are its own.
+bool is_block(const Tensor& tensor) {
+  return tensor.is_contiguous() || (tensor.dim() == 4 && is_dense(tensor, Layout::nhwc));
+}
+
 /// The memory of a call. Every access is checked for lying inside it: a program is data.
 class Places {
  public:
@@ -27,7 +42,7 @@ class Places {
     require(tensors.size() > 0, kOp, ": there are no inputs");
     dtype_ = dtype_of(kOp, tensors[0]);
     for (const Tensor& tensor : tensors) {
-      require(tensor.is_cpu(), kOp, ": inputs and outputs are expected on the CPU");
+      require(tensor.is_cpu() && is_block(tensor), kOp, ": inputs and outputs are expected on the CPU, and dense");
       require_same_dtype(kOp, tensors[0], "another input or output", tensor);
     }
     require(workspace.is_cpu() && workspace.is_contiguous() && workspace.element_size() == 1, kOp,
@@ -36,26 +51,25 @@ class Places {
 
   DType dtype() const { return dtype_; }
 
-  /// `elems` elements at a place.
-  void* at(Place place, int64_t elems) const {
-    const int64_t end = place.offset + elems * element_bytes(dtype_);
-    require(elems > 0 && place.offset >= 0 && place.base != kNothing, kOp, ": a step has no memory");
-    if (place.base < 0) {
-      const Tensor& tensor = element(tensors_, -1 - place.base);
-      require(end <= tensor.numel() * element_bytes(dtype_), kOp, ": a step reaches beyond an input or output of ",
-              tensor.numel(), " elements");
-      return static_cast<char*>(tensor.mutable_data_ptr()) + place.offset;
-    }
-    require(place.base + end <= workspace_.numel(), kOp, ": a step reaches beyond the workspace");
-    return static_cast<char*>(workspace_.mutable_data_ptr()) + place.base + place.offset;
+  /// Elements of these sizes at a place.
+  void* at(Place place, std::initializer_list<int64_t> sizes) const {
+    const int64_t bytes = elements(sizes) * element_bytes(dtype_);
+    require(place.base != kNothing, kOp, ": a step has no memory");
+    const bool outside = place.base < 0;
+    const Tensor& memory = outside ? element(tensors_, -1 - place.base) : workspace_;
+    const int64_t held = memory.numel() * (outside ? element_bytes(dtype_) : 1), base = outside ? 0 : place.base;
+    require(base <= held && place.offset >= 0 && place.offset <= held - base && bytes <= held - base - place.offset,
+            kOp, ": a step reaches beyond ", outside ? "an input or output" : "the workspace", " of ", held, " bytes");
+    return static_cast<char*>(memory.mutable_data_ptr()) + base + place.offset;
   }
 
   /// A constant of `elems` elements of `dtype`; null if there is none.
-  const void* constant(int64_t index, int64_t elems, DType dtype) const {
+  const void* constant(int64_t index, std::initializer_list<int64_t> sizes, DType dtype) const {
     if (index == kNothing) return nullptr;
     const Tensor& tensor = element(constants_, index);
-    require(tensor.is_cpu() && tensor.numel() == elems && dtype_of(kOp, tensor) == dtype, kOp, ": constant ", index,
-            " has ", tensor.numel(), " elements, expected ", elems, " of the step's dtype");
+    const int64_t elems = elements(sizes);
+    require(tensor.is_cpu() && is_block(tensor) && tensor.numel() == elems && dtype_of(kOp, tensor) == dtype, kOp,
+            ": constant ", index, " has ", tensor.numel(), " elements, expected ", elems, " of the step's dtype");
     return tensor.const_data_ptr();
   }
   /// A constant that conv2d_pack made.
@@ -83,27 +97,32 @@ void convolve(const Step& step, const Places& places) {
   const int64_t* a = step.numbers;
   ConvProblem p = conv_problem(kOp, {a[7], a[8]}, {a[9], a[10], a[11], a[12]}, {a[13], a[14]}, a[15]);
   p.layout = Layout::nhwc, p.dtype = places.dtype(), p.weight_is_nchw = a[17] != 0;
+  elements({a[0], a[1], a[2], a[3]});
+  elements({a[4], a[5], a[6]});
   set_weight(kOp, p, a[4], a[5], a[6]);
   set_input(kOp, p, a[0], a[1], a[2], a[3]);
-  const int64_t outputs = p.n * p.k * p.p() * p.q();
+  const auto outputs = {p.n, p.k, p.p(), p.q()};
   Epilogue epilogue{};
-  epilogue.shift = places.constant(step.shift, p.k, sums_dtype(p.dtype));
+  epilogue.shift = places.constant(step.shift, {p.k}, sums_dtype(p.dtype));
   epilogue.residual = step.residual.base == kNothing ? nullptr : places.at(step.residual, outputs);
+  require(a[16] >= 0 && a[16] <= static_cast<int64_t>(Activation::tanh), kOp, ": unknown activation ", a[16]);
   epilogue.activation = static_cast<Activation>(a[16]);
+  const void* weight = places.constant(step.weight, {p.k, p.c_per_group(), p.r, p.s}, p.dtype);
+  require(weight != nullptr, kOp, ": a convolution has no weight");
   const Tensor* packed = step.packed == kNothing ? nullptr : &places.packed(step.packed);
   // The packed form decides, whatever would be chosen for so many images.
   const CpuChoice choice = packed
                                ? choose_by_packed(p, packed->const_data_ptr(), packed->numel() * packed->element_size())
                                : choose_conv2d(p, ConvPass::forward, "");
-  convolve(p, choice, places.at(step.input, p.n * p.c * p.h * p.w),
-           places.constant(step.weight, p.k * p.c_per_group() * p.r * p.s, p.dtype),
-           packed ? packed->const_data_ptr() : nullptr, epilogue, places.at(step.output, outputs));
+  convolve(p, choice, places.at(step.input, {p.n, p.c, p.h, p.w}), weight, packed ? packed->const_data_ptr() : nullptr,
+           epilogue, places.at(step.output, outputs));
 }
 
 PoolProblem pool_of(const Step& step, DType dtype) {
   const int64_t* a = step.numbers;
   PoolProblem p = pool_problem(kOp, {a[4], a[5]}, {a[6], a[7]}, {a[8], a[9]}, {a[10], a[11]}, a[12] != 0);
   p.layout = Layout::nhwc, p.dtype = dtype;
+  elements({a[0], a[1], a[2], a[3]});
   set_input(kOp, p, a[0], a[1], a[2], a[3]);
   return p;
 }
@@ -111,8 +130,8 @@ PoolProblem pool_of(const Step& step, DType dtype) {
 void max_pool(const Step& step, const Places& places) {
   const PoolProblem p = pool_of(step, places.dtype());
   count_call(Kernel::max_pool2d);
-  pool_kernels()->max_pool(p, places.at(step.input, p.n * p.c * p.h * p.w),
-                           places.at(step.output, p.n * p.c * p.p() * p.q()), nullptr);
+  pool_kernels()->max_pool(p, places.at(step.input, {p.n, p.c, p.h, p.w}),
+                           places.at(step.output, {p.n, p.c, p.p(), p.q()}), nullptr);
 }
 
 void average_pool(const Step& step, const Places& places) {
@@ -120,15 +139,15 @@ void average_pool(const Step& step, const Places& places) {
   AveragePlan plan;
   plan_regular(plan, p, step.numbers[13] != 0, static_cast<double>(step.numbers[14]));
   count_call(Kernel::avg_pool2d);
-  pool_kernels()->average(plan.problem, places.at(step.input, p.n * p.c * p.h * p.w),
-                          places.at(step.output, p.n * p.c * p.p() * p.q()));
+  pool_kernels()->average(plan.problem, places.at(step.input, {p.n, p.c, p.h, p.w}),
+                          places.at(step.output, {p.n, p.c, p.p(), p.q()}));
 }
 
 void adaptive_average_pool(const Step& step, const Places& places) {
   const int64_t n = step.numbers[0], c = step.numbers[1], h = step.numbers[2], w = step.numbers[3];
   const Size2 output{step.numbers[4], step.numbers[5]};
-  const void* x = places.at(step.input, n * c * h * w);
-  void* y = places.at(step.output, n * c * output.h * output.w);
+  const void* x = places.at(step.input, {n, c, h, w});
+  void* y = places.at(step.output, {n, c, output.h, output.w});
   if (output.h == 1 && output.w == 1) {
     count_call(Kernel::global_avg_pool2d);
     pool_kernels()->global_average(n, c, h * w, Layout::nhwc, places.dtype(), x, y);
@@ -142,9 +161,10 @@ void adaptive_average_pool(const Step& step, const Places& places) {
 
 /// Between (n, c, h, w) and (n, h, w, c): `rows` of `columns` elements are transposed for each image.
 void transpose_step(const Step& step, const Places& places, bool to_nhwc) {
-  const int64_t n = step.numbers[0], c = step.numbers[1], plane = step.numbers[2] * step.numbers[3];
-  const void* x = places.at(step.input, n * c * plane);
-  void* y = places.at(step.output, n * c * plane);
+  const int64_t n = step.numbers[0], c = step.numbers[1], h = step.numbers[2], w = step.numbers[3];
+  const void* x = places.at(step.input, {n, c, h, w});
+  void* y = places.at(step.output, {n, c, h, w});
+  const int64_t plane = h * w;
   dispatch(places.dtype(), [&](auto type) {
     using T = decltype(type);
     transpose_images(static_cast<const T*>(x), static_cast<T*>(y), n, to_nhwc ? c : plane, to_nhwc ? plane : c);
