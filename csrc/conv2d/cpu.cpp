@@ -18,6 +18,15 @@ namespace {
 FASTCONV_KERNEL_TABLE(conv2d_kernels)
 FASTCONV_KERNEL_TABLE(depthwise_kernels)
 
+/// Of an active instruction set that has them: select.h asks.
+const PairKernels& pair_kernels() {
+#if defined(__x86_64__)
+  return *conv2d_pairs_avx512_bf16();
+#else
+  throw std::logic_error("no kernels for pairs of bfloat16 were built");
+#endif
+}
+
 float to_float(float value) { return value; }
 double to_float(double value) { return value; }
 float to_float(BFloat16 value) {
@@ -73,6 +82,9 @@ void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dt
     case Kernel::conv2d_rows:
     case Kernel::conv2d_input_grad_rows:
       return kernels.rows(product, dtype);
+    case Kernel::conv2d_pairs:
+    case Kernel::conv2d_input_grad_pairs:
+      return pair_kernels().convolve(&product, 1, layout);
     case Kernel::conv2d_winograd:
     case Kernel::conv2d_input_grad_winograd:
       return WinogradProduct(kernels, product, layout, dtype, packed).run(product);
@@ -189,6 +201,10 @@ struct CpuConv2d {
     count_call(choice.kernel);
     if (choice.kernel == Kernel::conv2d_input_grad_tiled) {
       conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype);
+      return;
+    }
+    if (choice.kernel == Kernel::conv2d_input_grad_pairs) {
+      pair_kernels().convolve(phases.data(), static_cast<int64_t>(phases.size()), p.layout);
       return;
     }
     for (const GemmConv& phase : phases) run_product(choice.kernel, phase, p.layout, p.dtype);

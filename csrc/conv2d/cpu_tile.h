@@ -37,36 +37,44 @@ enum class Rows { depth_contiguous, row_contiguous, offsets };
 enum class Columns { panel, offsets };
 
 /// All distances are in elements; nothing needs to be aligned.
-template <class Acc>
+template <class Element>
 struct TileCall {
-  const Acc* a;
+  const Element* a;
   int64_t a_stride;
   const int64_t* a_row_offsets;
   const int64_t* a_depth_offsets;
-  const Acc* b;
+  const Element* b;
   const int64_t* b_offsets;
   int64_t depth;
-  Acc* out;
+  acc_t<Element>* out;
   int64_t out_stride;
   bool accumulate;
 };
 
-template <class Acc>
-using TileFunction = void (*)(const TileCall<Acc>&);
+template <class Element>
+using TileFunction = void (*)(const TileCall<Element>&);
+
+/// What a step of depth does with an element of a and a vector of b: elements of other types have their own.
+template <class Element>
+struct TileStep {
+  using Vector = simd::Vec<Element>;
+  static FASTCONV_INLINE Vector broadcast(Element value) { return simd::broadcast(value); }
+  static FASTCONV_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return simd::fma<Element>(a, b, sum); }
+};
 
 /// The elements of a that one step of depth needs. Twelve rows have more addresses than x86 has registers, so each
 /// order says which of them are worth one: what the compiler spills on its own goes through the FMA ports (vmovq).
-template <class Acc, int kRows, Rows kOrder>
+template <class Element, int kRows, Rows kOrder>
 struct RowElements;
 
 /// Three rows share a pointer: base, base + stride, base + 2 * stride are all one addressing mode.
-template <class Acc, int kRows>
-struct RowElements<Acc, kRows, Rows::depth_contiguous> {
+template <class Element, int kRows>
+struct RowElements<Element, kRows, Rows::depth_contiguous> {
   static constexpr int kShare = 3, kPointers = (kRows + kShare - 1) / kShare;
-  const Acc* pointers[kPointers];
+  const Element* pointers[kPointers];
   int64_t stride;
 
-  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call) : stride(call.a_stride) {
+  FASTCONV_INLINE explicit RowElements(const TileCall<Element>& call) : stride(call.a_stride) {
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; ++i) {
       pointers[i] = call.a + i * kShare * stride;
@@ -74,7 +82,7 @@ struct RowElements<Acc, kRows, Rows::depth_contiguous> {
     }
   }
   FASTCONV_INLINE void seek(int64_t) {}
-  FASTCONV_INLINE Acc at(int row) const { return pointers[row / kShare][row % kShare * stride]; }
+  FASTCONV_INLINE Element at(int row) const { return pointers[row / kShare][row % kShare * stride]; }
   FASTCONV_INLINE void advance() {
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; ++i) ++pointers[i];
@@ -82,63 +90,65 @@ struct RowElements<Acc, kRows, Rows::depth_contiguous> {
 };
 
 /// One pointer: the rows are constants in the address.
-template <class Acc, int kRows>
-struct RowElements<Acc, kRows, Rows::row_contiguous> {
-  const Acc* pointer;
+template <class Element, int kRows>
+struct RowElements<Element, kRows, Rows::row_contiguous> {
+  const Element* pointer;
 
-  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call) : pointer(call.a) {}
+  FASTCONV_INLINE explicit RowElements(const TileCall<Element>& call) : pointer(call.a) {}
   FASTCONV_INLINE void seek(int64_t) {}
-  FASTCONV_INLINE Acc at(int row) const { return pointer[row]; }
+  FASTCONV_INLINE Element at(int row) const { return pointer[row]; }
   FASTCONV_INLINE void advance() { pointer += kTileRows; }
 };
 
 /// The first rows have a pointer each; of more than eight the others' offsets are read again at every step.
-template <class Acc, int kRows>
-struct RowElements<Acc, kRows, Rows::offsets> {
+template <class Element, int kRows>
+struct RowElements<Element, kRows, Rows::offsets> {
   static constexpr int kHeld = kRows <= 8 ? kRows : 5;
-  const Acc* held[kHeld];
-  const Acc* base;
+  const Element* held[kHeld];
+  const Element* base;
   const int64_t* depth_offsets;
   const volatile int64_t* row_offsets;  // volatile: not to be held in registers that do not exist
   int64_t index = 0;
 
-  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call)
+  FASTCONV_INLINE explicit RowElements(const TileCall<Element>& call)
       : base(call.a), depth_offsets(call.a_depth_offsets), row_offsets(call.a_row_offsets) {
 #pragma GCC unroll 16
     for (int row = 0; row < kHeld; ++row) held[row] = call.a + call.a_row_offsets[row];
   }
   FASTCONV_INLINE void seek(int64_t d) { index = depth_offsets[d]; }
-  FASTCONV_INLINE Acc at(int row) const {
+  FASTCONV_INLINE Element at(int row) const {
     if (row < kHeld) return held[row][index];
     return base[index + row_offsets[row]];
   }
   FASTCONV_INLINE void advance() {}
 };
 
-template <class Acc, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder>
-__attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
+template <class Element, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder>
+__attribute__((noinline)) void multiply_tile(const TileCall<Element>& call) {
+  using Acc = acc_t<Element>;
   using V = simd::Vec<Acc>;
+  using Step = TileStep<Element>;
   constexpr int kLane = simd::kLanes<Acc>;
   const int64_t depth = call.depth;
   const int64_t* b_offsets = call.b_offsets;
-  const Acc* b = call.b;
-  RowElements<Acc, kRows, kOrder> a(call);
+  const Element* b = call.b;
+  RowElements<Element, kRows, kOrder> a(call);
   V sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[row][v] = V{};
   for (int64_t d = 0; d < depth; ++d) {
-    const Acc* step = kColumnOrder == Columns::offsets ? b + b_offsets[d] : b + d * kTileColumns<Acc>;
+    const Element* step = kColumnOrder == Columns::offsets ? b + b_offsets[d] : b + d * kTileColumns<Element>;
     a.seek(d);
     V columns[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) columns[v] = simd::load(step + v * kLane);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      const V value = simd::broadcast(a.at(row));
+      const V value = Step::broadcast(a.at(row));
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::fma<Acc>(value, columns[v], sums[row][v]);
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = Step::add_product(value, columns[v], sums[row][v]);
     }
     a.advance();
   }
@@ -156,13 +166,13 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
 }
 
 /// Tiles for 1..kTileRows rows and 1..kTileVectors vectors: edges do not pay for a full tile.
-template <class Acc, Rows kOrder, Columns kColumnOrder>
+template <class Element, Rows kOrder, Columns kColumnOrder>
 struct TileTable {
-  TileFunction<Acc> functions[kTileRows + 1][kTileVectors + 1] = {};
+  TileFunction<Element> functions[kTileRows + 1][kTileVectors + 1] = {};
 
   constexpr TileTable() { fill_rows<1>(); }
-  TileFunction<Acc> at(int64_t rows, int64_t columns) const {
-    return functions[rows][(columns + simd::kLanes<Acc> - 1) / simd::kLanes<Acc>];
+  TileFunction<Element> at(int64_t rows, int64_t columns) const {
+    return functions[rows][(columns + simd::kLanes<Element> - 1) / simd::kLanes<Element>];
   }
 
  private:
@@ -173,13 +183,13 @@ struct TileTable {
   }
   template <int kRows, int kVectors>
   constexpr void fill_vectors() {
-    functions[kRows][kVectors] = &multiply_tile<Acc, kRows, kVectors, kOrder, kColumnOrder>;
+    functions[kRows][kVectors] = &multiply_tile<Element, kRows, kVectors, kOrder, kColumnOrder>;
     if constexpr (kVectors < kTileVectors) fill_vectors<kRows, kVectors + 1>();
   }
 };
 
-template <class Acc, Rows kOrder, Columns kColumnOrder = Columns::panel>
-inline constexpr TileTable<Acc, kOrder, kColumnOrder> kTiles{};
+template <class Element, Rows kOrder, Columns kColumnOrder = Columns::panel>
+inline constexpr TileTable<Element, kOrder, kColumnOrder> kTiles{};
 
 /// Rows cut into ceil(count / kTileRows) tiles of nearly equal height: 32 rows as 6+6+5+5+5+5, because a tile of two
 /// rows has too few independent sums to hide the latency of an FMA and would run at half speed.

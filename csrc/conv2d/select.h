@@ -1,10 +1,17 @@
 // Which CPU kernel serves a convolution, and why the others do not.
 #pragma once
 
+#include "common/isa.h"
 #include "common/registry.h"
 #include "conv2d/candidates.h"
 
 namespace fastconv {
+
+inline const char* refuse_pairs(const ConvProblem& p, ConvPass pass) {
+  if (pass == ConvPass::weight_grad) return nullptr;
+  if (p.dtype != DType::bf16) return "it multiplies pairs of bfloat16";
+  return active_isa() == Isa::avx512_bf16 ? nullptr : "it needs the instruction set avx512_bf16";
+}
 
 inline const char* refuse_rows(const ConvProblem& p, ConvPass) {
   return p.layout == Layout::nchw ? nullptr : "it reads NCHW";
@@ -89,6 +96,10 @@ inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
        return problem.is_depthwise() ? nullptr : "it needs groups == in_channels, and more than one";
      },
      &refuse_nothing},
+    {"pairs", Kernel::conv2d_pairs, Kernel::conv2d_input_grad_pairs, Kernel::conv2d_weight_grad_tiled, &refuse_pairs,
+     [](const ConvProblem&, ConvPass pass) -> const char* {
+       return pass == ConvPass::weight_grad ? "its weight gradient is that of tiled" : nullptr;
+     }},
     {"rows", Kernel::conv2d_rows, Kernel::conv2d_input_grad_rows, Kernel::conv2d_weight_grad_tiled, &refuse_rows,
      &avoid_rows},
     {"tiled", Kernel::conv2d_tiled, Kernel::conv2d_input_grad_tiled, Kernel::conv2d_weight_grad_tiled, &refuse_nothing,
