@@ -16,9 +16,86 @@ struct __attribute__((packed, aligned(2), may_alias)) Pair {
   uint32_t bits;
 };
 
+inline constexpr int64_t kNumbers = 32;  // of a vector
+
+/// How the sums of a tile become outputs, without leaving the registers before.
+struct PairFinish {
+  BFloat16* y;               // column 0
+  const BFloat16* residual;  // likewise, or null
+  const int64_t* row_offsets;
+  const float* scale;  // of column 0, or of row 0; or null
+  const float* shift;
+  bool channels_are_rows;
+  Activation activation;
+  __mmask32 columns;
+};
+
+/// value = value * scale for every sum, or value + shift.
+template <bool kScales, int kRows, int kVectors>
+FASTCONV_INLINE void finish_channels(const PairFinish& f, const float* numbers,
+                                     simd::Vec<float> (&sums)[kRows][kVectors]) {
+  using V = simd::Vec<float>;
+  V columns[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const auto mask = static_cast<__mmask16>(f.columns >> 16 * v);
+    columns[v] = f.channels_are_rows ? V{} : (V)_mm512_maskz_loadu_ps(mask, numbers + 16 * v);
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const V value = f.channels_are_rows ? simd::broadcast(numbers[row]) : columns[v];
+      sums[row][v] = kScales ? sums[row][v] * value : sums[row][v] + value;
+    }
+}
+
+template <int kRows, int kVectors>
+FASTCONV_INLINE void finish_pairs(const PairFinish& f, simd::Vec<float> (&sums)[kRows][kVectors]) {
+  using V = simd::Vec<float>;
+  if (f.scale) finish_channels<true>(f, f.scale, sums);
+  if (f.shift) finish_channels<false>(f, f.shift, sums);
+  if (f.residual) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const auto mask = static_cast<__mmask16>(f.columns >> 16 * v);
+        const __m256i numbers = _mm256_maskz_loadu_epi16(mask, f.residual + f.row_offsets[row] + 16 * v);
+        sums[row][v] += (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+      }
+  }
+  if (f.activation != Activation::none) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        V value = simd::max_propagate_nan<float>(sums[row][v], V{});
+        if (f.activation == Activation::relu6) value = simd::min_propagate_nan<float>(value, simd::broadcast(6.0f));
+        sums[row][v] = value;
+      }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+    BFloat16* y = f.y + f.row_offsets[row];
+    if constexpr (kVectors == 1) {
+      _mm256_mask_storeu_epi16(y, static_cast<__mmask16>(f.columns), (__m256i)_mm512_cvtneps_pbh((__m512)sums[row][0]));
+    } else {
+      const auto numbers = (__m512i)_mm512_cvtne2ps_pbh((__m512)sums[row][1], (__m512)sums[row][0]);
+      if (f.columns == ~__mmask32{0}) _mm512_storeu_si512(y, numbers);
+      else _mm512_mask_storeu_epi16(y, f.columns, numbers);
+    }
+  }
+}
+
 template <>
 struct TileStep<Pair> {
+  static constexpr bool kFinishes = true;
   using Vector = simd::Vec<float>;
+  template <int kRows, int kVectors>
+  static FASTCONV_INLINE void finish(const void* how, Vector (&sums)[kRows][kVectors]) {
+    finish_pairs(*static_cast<const PairFinish*>(how), sums);
+  }
   static FASTCONV_INLINE Vector broadcast(Pair pair) { return (Vector)_mm512_set1_epi32(static_cast<int>(pair.bits)); }
   static FASTCONV_INLINE Vector add_product(Vector a, Vector b, Vector sum) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -26,8 +103,25 @@ struct TileStep<Pair> {
 };
 
 inline constexpr int64_t kPairColumns = kTileColumns<Pair>;
-inline constexpr int64_t kNumbers = 32;  // of a vector
 inline constexpr int64_t kNumberBytes = sizeof(BFloat16), kPairBytes = sizeof(Pair), kSumBytes = sizeof(float);
+
+/// Only tanh, a call for every number, is left to the stores of float32 sums.
+FASTCONV_INLINE bool finishes_in_registers(const GemmConv& p) { return p.epilogue.activation != Activation::tanh; }
+
+FASTCONV_INLINE PairFinish pair_finish(const GemmConv& p, int64_t channel, int64_t y_offset, bool channels_are_rows,
+                                       __mmask32 columns, const int64_t* row_offsets) {
+  const Epilogue& e = p.epilogue;
+  const auto at = [&](const void* numbers) { return numbers ? static_cast<const float*>(numbers) + channel : nullptr; };
+  const auto* residual = static_cast<const BFloat16*>(e.residual);
+  return {static_cast<BFloat16*>(p.y) + y_offset,
+          residual ? residual + y_offset : nullptr,
+          row_offsets,
+          at(e.scale),
+          at(e.shift),
+          channels_are_rows,
+          e.activation,
+          columns};
+}
 
 /// Bits [begin, end) of a mask, clipped to a vector.
 FASTCONV_INLINE __mmask32 lanes_between(int64_t begin, int64_t end) {

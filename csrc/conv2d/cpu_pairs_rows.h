@@ -13,6 +13,7 @@ namespace {
 /// Taps side by side in x: numbers [begin, end) of the depth, read from (dh, dw) on.
 struct TapRun {
   int64_t dh, dw, begin, end;
+  __mmask32 tail;  // of its last vector
 };
 
 /// The taps of a product in rising order. An input gradient has them the other way round.
@@ -23,7 +24,16 @@ class PairTaps {
     if (p.tap_count == 0) return;
     const Tap &first = p.taps[0], &last = p.taps[p.tap_count - 1];
     falling_ = last.dh < first.dh || (last.dh == first.dh && last.dw < first.dw);
-    for (int64_t t = 0; t < p.tap_count; ++t) add(at(t), t * p.c);
+    for (int64_t t = 0; t < p.tap_count; ++t) {
+      const Tap& tap = at(t);
+      add(tap, t * p.c);
+      low_ = t == 0 ? Size2{tap.dh, tap.dw} : Size2{min_of(low_.h, tap.dh), min_of(low_.w, tap.dw)};
+      high_ = t == 0 ? Size2{tap.dh, tap.dw} : Size2{max_of(high_.h, tap.dh), max_of(high_.w, tap.dw)};
+    }
+  }
+  /// Whether all taps of the pixel whose tap (0, 0) is there lie in the plane.
+  bool inner(int64_t row, int64_t column) const {
+    return row + low_.h >= 0 && row + high_.h < p_.h && column + low_.w >= 0 && column + high_.w < p_.w;
   }
   const Tap& at(int64_t t) const { return p_.taps[falling_ ? p_.tap_count - 1 - t : t]; }
   int64_t run_count() const { return run_count_; }
@@ -36,15 +46,17 @@ class PairTaps {
       TapRun& run = runs[run_count_ - 1];
       if (run.dh == tap.dh && run.dw * p_.c + begin - run.begin == tap.dw * p_.c) {
         run.end = begin + p_.c;
+        run.tail = lanes_between(0, (run.end - run.begin) % kNumbers);
         return;
       }
     }
-    runs[run_count_++] = {tap.dh, tap.dw, begin, begin + p_.c};
+    runs[run_count_++] = {tap.dh, tap.dw, begin, begin + p_.c, lanes_between(0, p_.c % kNumbers)};
   }
 
   Scratch memory_;
   const GemmConv& p_;
   bool falling_;
+  Size2 low_, high_;
   int64_t run_count_ = 0;
 };
 
@@ -59,10 +71,30 @@ FASTCONV_INLINE void copy_numbers(const BFloat16* source, int64_t begin, int64_t
     _mm512_storeu_si512(target, load_numbers(source + i, lanes_between(low - i, min_of(high, end) - i)));
 }
 
+/// All taps of a pixel that sees no padding.
+FASTCONV_INLINE void gather_inner_pixel(const GemmConv& p, const PairTaps& taps, const BFloat16* x, BFloat16* target) {
+  for (int64_t r = 0; r < taps.run_count(); ++r) {
+    const TapRun& run = taps.run(r);
+    const BFloat16* source = x + run.dh * p.x_strides.h + run.dw * p.x_strides.w;
+    const int64_t length = run.end - run.begin;
+    int64_t i = 0;
+    for (; i + kNumbers <= length; i += kNumbers, target += kNumbers)
+      _mm512_storeu_si512(target, _mm512_loadu_si512(source + i));
+    if (i == length) continue;
+    _mm512_storeu_si512(target, load_numbers(source + i, run.tail));
+    target += length - i;
+  }
+}
+
 /// Depth [begin, end) for `pixels.count` pixels, one row of `row_numbers` each, and up to a vector after the last.
 inline void gather_pairs(const GemmConv& p, const PairTaps& taps, const PixelPositions<float>& pixels,
                          const BFloat16* x, int64_t begin, int64_t end, int64_t row_numbers, BFloat16* rows) {
-  for (int64_t pixel = 0; pixel < pixels.count; ++pixel, rows += row_numbers)
+  const bool whole = begin == 0 && end == p.c * p.tap_count;
+  for (int64_t pixel = 0; pixel < pixels.count; ++pixel, rows += row_numbers) {
+    if (whole && taps.inner(pixels.row[pixel], pixels.column[pixel])) {
+      gather_inner_pixel(p, taps, x + pixels.x_offset[pixel], rows);
+      continue;
+    }
     for (int64_t r = 0; r < taps.run_count(); ++r) {
       const TapRun& run = taps.run(r);
       const int64_t first = max_of(begin, run.begin) - run.begin, last = min_of(end, run.end) - run.begin;
@@ -73,6 +105,7 @@ inline void gather_pairs(const GemmConv& p, const PairTaps& taps, const PixelPos
       copy_numbers(source, first, last, -column * p.c, reads ? (p.w - column) * p.c : first,
                    rows + run.begin + first - begin);
     }
+  }
 }
 
 /// Pairs of depth [begin, end) of a panel of kPairColumns output channels. Vectors without one are not written.

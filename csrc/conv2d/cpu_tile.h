@@ -49,14 +49,17 @@ struct TileCall {
   acc_t<Element>* out;
   int64_t out_stride;
   bool accumulate;
+  const void* finish;  // where TileStep finishes: how, or null for sums
 };
 
 template <class Element>
 using TileFunction = void (*)(const TileCall<Element>&);
 
-/// What a step of depth does with an element of a and a vector of b: elements of other types have their own.
+/// What a step of depth does with an element of a and a vector of b, and whether finished sums may leave the registers
+/// as outputs (TileCall's `finish`): elements of other types have their own.
 template <class Element>
 struct TileStep {
+  static constexpr bool kFinishes = false;
   using Vector = simd::Vec<Element>;
   static FASTCONV_INLINE Vector broadcast(Element value) { return simd::broadcast(value); }
   static FASTCONV_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return simd::fma<Element>(a, b, sum); }
@@ -159,6 +162,8 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Element>& call) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[row][v] += simd::load(call.out + row * call.out_stride + v * kLane);
   }
+  if constexpr (Step::kFinishes)
+    if (call.finish) return Step::template finish<kRows, kVectors>(call.finish, sums);
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
