@@ -77,6 +77,12 @@ FASTCONV_INLINE void gather_inner_pixel(const GemmConv& p, const PairTaps& taps,
     const TapRun& run = taps.run(r);
     const BFloat16* source = x + run.dh * p.x_strides.h + run.dw * p.x_strides.w;
     const int64_t length = run.end - run.begin;
+    if (length <= kNumbers / 2) {  // shorter stores cross fewer cache lines
+      const auto mask = static_cast<__mmask16>(lanes_between(0, length));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm256_maskz_loadu_epi16(mask, source));
+      target += length;
+      continue;
+    }
     int64_t i = 0;
     for (; i + kNumbers <= length; i += kNumbers, target += kNumbers)
       _mm512_storeu_si512(target, _mm512_loadu_si512(source + i));

@@ -63,6 +63,11 @@ inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
     return "so few channels do not pay for the transforms of inputs and outputs";
   // More than the allocator reuses from call to call, and every page of fresh memory costs as much as its products.
   if (36 * 4 * p.c * p.k > 30 << 20) return "the transformed filters would take more than 30 MiB";
+  // It computes in float32; dot products of pairs have twice the rate.
+  const bool pairs = refuse_pairs(p, pass) == nullptr;
+  if (pairs && p.layout == Layout::nchw && max_of(p.c, p.k) > 128) return "pairs of bfloat16 do as well";
+  if (pairs && p.n * rows * columns < 1600)
+    return "beside pairs of bfloat16 fewer than 1600 pixels do not pay for the transform of the filters";
   if (p.n * rows * columns < 600) return "fewer than 600 pixels do not pay for the transform of the filters";
   if (2 * round_up(rows, 4) * round_up(columns, 4) > 3 * rows * columns)
     return "its 4x4 tiles would hang over the edge";
@@ -81,6 +86,7 @@ inline const char* avoid_packed(const ConvProblem& p) {
   const bool nchw = p.layout == Layout::nchw;
   const int64_t rows = p.p(), columns = p.q();
   if (avoid_winograd(p, ConvPass::forward) == nullptr) return nullptr;
+  if (nchw && refuse_pairs(p, ConvPass::forward) == nullptr) return "pairs of bfloat16 do as well";
   if (min_of(p.c, p.k) < (nchw ? 256 : 32)) return "so few channels do not pay for the transforms";
   if (min_of(rows, columns) < (nchw ? 14 : 7)) return "so few tiles leave vectors empty";
   if (36 * 4 * p.c * p.k > 64 << 20) return "a layer keeps 64 MiB of filters at most";
