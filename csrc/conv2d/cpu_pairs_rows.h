@@ -13,6 +13,7 @@ namespace {
 /// Taps side by side in x: numbers [begin, end) of the depth, read from (dh, dw) on.
 struct TapRun {
   int64_t dh, dw, begin, end;
+  int64_t offset;  // of (dh, dw) in x
   __mmask32 tail;  // of its last vector
 };
 
@@ -37,7 +38,7 @@ class PairTaps {
   }
   const Tap& at(int64_t t) const { return p_.taps[falling_ ? p_.tap_count - 1 - t : t]; }
   int64_t run_count() const { return run_count_; }
-  const TapRun& run(int64_t i) const { return memory_.as<TapRun>()[i]; }
+  const TapRun* runs() const { return memory_.as<TapRun>(); }
 
  private:
   void add(const Tap& tap, int64_t begin) {
@@ -50,7 +51,8 @@ class PairTaps {
         return;
       }
     }
-    runs[run_count_++] = {tap.dh, tap.dw, begin, begin + p_.c, lanes_between(0, p_.c % kNumbers)};
+    const int64_t offset = tap.dh * p_.x_strides.h + tap.dw * p_.x_strides.w;
+    runs[run_count_++] = {tap.dh, tap.dw, begin, begin + p_.c, offset, lanes_between(0, p_.c % kNumbers)};
   }
 
   Scratch memory_;
@@ -72,13 +74,13 @@ FASTCONV_INLINE void copy_numbers(const BFloat16* source, int64_t begin, int64_t
 }
 
 /// All taps of a pixel that sees no padding.
-FASTCONV_INLINE void gather_inner_pixel(const GemmConv& p, const PairTaps& taps, const BFloat16* x, BFloat16* target) {
-  for (int64_t r = 0; r < taps.run_count(); ++r) {
-    const TapRun& run = taps.run(r);
-    const BFloat16* source = x + run.dh * p.x_strides.h + run.dw * p.x_strides.w;
+FASTCONV_INLINE void gather_inner_pixel(const TapRun* runs, int64_t run_count, const BFloat16* x, BFloat16* target) {
+  for (int64_t r = 0; r < run_count; ++r) {
+    const TapRun& run = runs[r];
+    const BFloat16* source = x + run.offset;
     const int64_t length = run.end - run.begin;
     if (length <= kNumbers / 2) {  // shorter stores cross fewer cache lines
-      const auto mask = static_cast<__mmask16>(lanes_between(0, length));
+      const auto mask = static_cast<__mmask16>(run.tail);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm256_maskz_loadu_epi16(mask, source));
       target += length;
       continue;
@@ -95,19 +97,21 @@ FASTCONV_INLINE void gather_inner_pixel(const GemmConv& p, const PairTaps& taps,
 /// Depth [begin, end) for `pixels.count` pixels, one row of `row_numbers` each, and up to a vector after the last.
 inline void gather_pairs(const GemmConv& p, const PairTaps& taps, const PixelPositions<float>& pixels,
                          const BFloat16* x, int64_t begin, int64_t end, int64_t row_numbers, BFloat16* rows) {
+  const TapRun* runs = taps.runs();
+  const int64_t run_count = taps.run_count();
   const bool whole = begin == 0 && end == p.c * p.tap_count;
   for (int64_t pixel = 0; pixel < pixels.count; ++pixel, rows += row_numbers) {
     if (whole && taps.inner(pixels.row[pixel], pixels.column[pixel])) {
-      gather_inner_pixel(p, taps, x + pixels.x_offset[pixel], rows);
+      gather_inner_pixel(runs, run_count, x + pixels.x_offset[pixel], rows);
       continue;
     }
-    for (int64_t r = 0; r < taps.run_count(); ++r) {
-      const TapRun& run = taps.run(r);
+    for (int64_t r = 0; r < run_count; ++r) {
+      const TapRun& run = runs[r];
       const int64_t first = max_of(begin, run.begin) - run.begin, last = min_of(end, run.end) - run.begin;
       if (first >= last) continue;
       const int64_t column = pixels.column[pixel] + run.dw;
       const bool reads = inside(pixels.row[pixel] + run.dh, p.h);
-      const BFloat16* source = x + pixels.x_offset[pixel] + run.dh * p.x_strides.h + run.dw * p.x_strides.w;
+      const BFloat16* source = x + pixels.x_offset[pixel] + run.offset;
       copy_numbers(source, first, last, -column * p.c, reads ? (p.w - column) * p.c : first,
                    rows + run.begin + first - begin);
     }
