@@ -190,3 +190,19 @@ def test_opcheck(last):
     torch.library.opcheck(raw.conv2d_input_grad.default, (g, w, problem.size, *problem.params, None))
     torch.library.opcheck(raw.conv2d_weight_grad.default, (g, x, problem.kernel, *problem.params, None))
     torch.library.opcheck(raw.conv2d_bias_grad.default, (g,))
+
+
+@pytest.mark.skipif(not PAIRS, reason="this CPU has no AVX512-BF16, or FASTCONV_CPU_ISA forbids it")
+@pytest.mark.parametrize("channels", [1, 3, 16, 33])
+def test_pairs_of_bfloat16_see_nothing_beside_their_window(channels, memory_format):
+    """Odd depths are filled up with zeros, not with what lies there: an infinity would become NaN."""
+    x = torch.full((1, channels, 12, 37), float("inf")).bfloat16().to(memory_format=memory_format)
+    x[:, :, 3:8, 4:30] = 1
+    weight = torch.ones(33, channels, 3, 3).bfloat16()
+    arguments = ([1, 1], [0] * 4, [1, 1], 1, "pairs")
+    inner = raw.conv2d(x, weight, None, *arguments)[:, :, 3:6, 4:28]
+    assert torch.equal(inner, torch.full_like(inner, 9 * channels))
+    grad = torch.full((1, 33, 12, 37), float("inf")).bfloat16().to(memory_format=memory_format)
+    grad[:, :, 3:8, 4:30] = 1
+    seen = raw.conv2d_input_grad(grad, weight, [14, 39], *arguments)[:, :, 5:8, 6:30]
+    assert torch.equal(seen, torch.full_like(seen, 9 * 33))

@@ -262,13 +262,13 @@ def test_numbers_near_the_ends_of_the_range(memory_format):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_image_does_not_depend_on_the_others(memory_format, dtype, poisoned):
     """Nor on the number of threads; residual and epilogue go with their image."""
-    x, weight = images(n=6, channels=48, size=30).to(dtype), filters(48).to(dtype)
+    x, weight = images(n=6, channels=48, size=42).to(dtype), filters(48).to(dtype)
     for image, pixel in ((1, 3), (2, 29), (4, 17)):
         x[image, :, pixel, 16] = 3e4
     x[3, 0, 0, 0] = float("nan")
     x = guarded(x.to(memory_format=memory_format))
     shift = torch.randn(48)
-    residual = guarded(images(n=6, channels=48, size=30, seed=7).to(dtype).to(memory_format=memory_format))
+    residual = guarded(images(n=6, channels=48, size=42, seed=7).to(dtype).to(memory_format=memory_format))
 
     def run(select: slice) -> Tensor:
         return fused_conv2d(x[select], weight, None, shift, residual[select], padding=(1, 1, 1, 1), activation="relu")
