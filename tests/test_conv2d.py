@@ -206,3 +206,16 @@ def test_pairs_of_bfloat16_see_nothing_beside_their_window(channels, memory_form
     grad[:, :, 3:8, 4:30] = 1
     seen = raw.conv2d_input_grad(grad, weight, [14, 39], *arguments)[:, :, 5:8, 6:30]
     assert torch.equal(seen, torch.full_like(seen, 9 * 33))
+
+
+@pytest.mark.skipif(not PAIRS, reason="this CPU has no AVX512-BF16, or FASTCONV_CPU_ISA forbids it")
+@pytest.mark.parametrize(("kernel", "stride"), [((6, 7), 1), ((1, 40), 2), ((40, 1), 3), ((33, 2), 1), ((25, 25), 5)])
+def test_pairs_of_bfloat16_of_windows_larger_than_a_vector(kernel, stride, memory_format):
+    x = torch.randint(-2, 3, (1, 4, 60, 60)).bfloat16().to(memory_format=memory_format)
+    weight = torch.randint(-1, 2, (5, 4, *kernel)).bfloat16()
+    wanted = torch.nn.functional.conv2d(x.double(), weight.double(), stride=stride)
+    geometry = [stride, stride], [0] * 4, [1, 1], 1, "pairs"
+    assert torch.equal(raw.conv2d(x, weight, None, *geometry), wanted.bfloat16())
+    grad = torch.randint(-1, 2, wanted.shape).bfloat16().to(memory_format=memory_format)
+    exact = torch.nn.grad.conv2d_input(x.shape, weight.double(), grad.double(), stride)
+    assert torch.equal(raw.conv2d_input_grad(grad, weight, [60, 60], *geometry), exact.bfloat16())

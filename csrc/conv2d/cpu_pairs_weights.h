@@ -27,25 +27,57 @@ inline bool pair_weights_in_place(const GemmConv& p, int64_t panels) {
 /// Pairs of a packed tile; whole vectors are written, beyond its end too.
 inline int64_t packed_tile_pairs(const GemmConv& p) { return ceil_div(p.c * p.tap_count, 2) * kTileRows + 4; }
 
-/// Numbers [begin, end) of the depth of one row of an input gradient, whose channels are apart.
-inline void copy_weight_row(const GemmConv& p, const BFloat16* row, int64_t begin, int64_t end, bool whole_taps,
-                            BFloat16* target) {
-  for (int64_t d = begin; d < end;) {
-    const int64_t c = d / p.tap_count, t = d % p.tap_count, length = min_of(p.tap_count - t, end - d);
-    const BFloat16* source = row + c * p.weight_c_stride;
-    if (whole_taps)
-      for (int64_t i = 0; i < length; i += kNumbers)
-        _mm512_storeu_si512(target + i,
-                            load_numbers(source + p.taps[t].weight_offset_elems + i, lanes_between(0, length - i)));
-    else
-      for (int64_t i = 0; i < length; ++i) target[i] = source[p.taps[t + i].weight_offset_elems];
-    target += length;
-    d += length;
+/// Which numbers of an output channel's window an input gradient takes, for windows of up to a vector.
+struct WindowTaps {
+  bool fit;
+  __mmask32 reads;
+  __m512i places;
+
+  explicit WindowTaps(const GemmConv& p) : fit(p.tap_count <= kNumbers), reads(0), places(_mm512_setzero_si512()) {
+    for (int64_t t = 0; t < p.tap_count; ++t) fit = fit && p.taps[t].weight_offset_elems < kNumbers;
+    if (!fit) return;
+    alignas(64) uint16_t place[kNumbers] = {};
+    for (int64_t t = 0; t < p.tap_count; ++t) {
+      place[t] = static_cast<uint16_t>(p.taps[t].weight_offset_elems);
+      reads |= __mmask32{1} << place[t];
+    }
+    places = _mm512_load_si512(place);
+  }
+};
+
+/// A tile of an input gradient: of every channel of the depth `rows` windows lie side by side.
+inline void pack_gradient_tile(const GemmConv& p, const BFloat16* weight, int64_t rows, Pair* target) {
+  constexpr int64_t kChunk = 512;
+  const WindowTaps taps(p);
+  const int64_t depth = p.c * p.tap_count;
+  if (depth == 0) return;  // no tap reaches this phase
+  if (!taps.fit) {
+    auto* numbers = reinterpret_cast<BFloat16*>(target);
+    for (int64_t d = 0; d < round_up(depth, 2); ++d)
+      for (int64_t row = 0; row < rows; ++row) {
+        const BFloat16* source = weight + d / p.tap_count * p.weight_c_stride + row * p.weight_m_stride;
+        numbers[(d / 2 * kTileRows + row) * 2 + d % 2] =
+            d < depth ? source[p.taps[d % p.tap_count].weight_offset_elems] : BFloat16{};
+      }
+    return;
+  }
+  BFloat16 numbers[kTileRows][kChunk + kNumbers];
+  const int64_t channels = kChunk / p.tap_count / 2 * 2;  // whole pairs
+  for (int64_t first = 0; first < p.c; first += channels) {
+    const int64_t count = min_of(channels, p.c - first), begin = first * p.tap_count, end = begin + count * p.tap_count;
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t row = 0; row < rows; ++row) {
+        const BFloat16* window = weight + (first + c) * p.weight_c_stride + row * p.weight_m_stride;
+        _mm512_storeu_si512(numbers[row] + c * p.tap_count,
+                            _mm512_permutexvar_epi16(taps.places, load_numbers(window, taps.reads)));
+      }
+    for (int64_t d = begin; d < end; d += kNumbers)
+      transpose_pairs(numbers[0] + d - begin, kChunk + kNumbers, rows, min_of(kNumbers, end - d),
+                      target + d / 2 * kTileRows, kTileRows);
   }
 }
 
 inline void pack_pair_tile(const GemmConv& p, int64_t group, int64_t tile, Pair* target) {
-  constexpr int64_t kChunk = 512;
   const RowTiles tiles(p.m);
   const int64_t m = tiles.begin(tile), rows = tiles.begin(tile + 1) - m, depth = p.c * p.tap_count;
   const BFloat16* weight =
@@ -67,18 +99,7 @@ inline void pack_pair_tile(const GemmConv& p, int64_t group, int64_t tile, Pair*
     }
     return;
   }
-  bool whole_taps = true;
-  for (int64_t t = 1; t < p.tap_count; ++t)
-    whole_taps = whole_taps && p.taps[t].weight_offset_elems == p.taps[0].weight_offset_elems + t;
-  BFloat16 numbers[kTileRows][kChunk + kNumbers];
-  for (int64_t begin = 0; begin < depth; begin += kChunk) {
-    const int64_t end = min_of(depth, begin + kChunk);
-    for (int64_t row = 0; row < rows; ++row)
-      copy_weight_row(p, weight + row * p.weight_m_stride, begin, end, whole_taps, numbers[row]);
-    for (int64_t d = begin; d < end; d += kNumbers)
-      transpose_pairs(numbers[0] + d - begin, kChunk + kNumbers, rows, min_of(kNumbers, end - d),
-                      target + d / 2 * kTileRows, kTileRows);
-  }
+  pack_gradient_tile(p, weight, rows, target);
 }
 
 /// Tiles [group][tile], packed_tile_pairs() apart.
