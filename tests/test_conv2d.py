@@ -219,3 +219,24 @@ def test_pairs_of_bfloat16_of_windows_larger_than_a_vector(kernel, stride, memor
     grad = torch.randint(-1, 2, wanted.shape).bfloat16().to(memory_format=memory_format)
     exact = torch.nn.grad.conv2d_input(x.shape, weight.double(), grad.double(), stride)
     assert torch.equal(raw.conv2d_input_grad(grad, weight, [60, 60], *geometry), exact.bfloat16())
+
+
+@pytest.mark.skipif(not PAIRS, reason="this CPU has no AVX512-BF16, or FASTCONV_CPU_ISA forbids it")
+def test_a_weight_gradient_of_pairs_has_the_same_bits_on_any_number_of_threads(memory_format):
+    """Shares of the pixels are cut and added by the problem alone."""
+    x = torch.randn(5, 40, 31, 29).bfloat16().to(memory_format=memory_format)
+    grad = torch.randn(5, 33, 31, 29).bfloat16().to(memory_format=memory_format)
+    arguments = [3, 3], [1, 1], [1] * 4, [1, 1], 1, None
+    threads, found = torch.get_num_threads(), []
+    reset_stats()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(raw.conv2d_weight_grad(grad, x, *arguments))
+    finally:
+        torch.set_num_threads(threads)
+    assert stats() == {"conv2d_weight_grad/pairs": 3}
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    exact = torch.nn.grad.conv2d_weight(x.double(), (33, 40, 3, 3), grad.double(), padding=1)
+    torch.testing.assert_close(found[0].double(), exact, rtol=2**-8, atol=2e-3)

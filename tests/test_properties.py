@@ -63,7 +63,7 @@ def check_and_prove(problem: Conv) -> None:
     for op in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad"):
         mine = [name for name in counts if name.split("/")[0] == op]
         assert mine, f"{op} did not run for {problem}"
-        algo = "tiled" if problem.algo in ("rows", "pairs") and op == "conv2d_weight_grad" else problem.algo
+        algo = "tiled" if problem.algo == "rows" and op == "conv2d_weight_grad" else problem.algo
         assert algo is None or mine == [f"{op}/{algo}"], f"{mine} ran for {problem}"
     assert ("conv2d_bias_grad/rows" in counts) == problem.bias
     assert not [name for name in counts if name.startswith("torch/")]

@@ -19,6 +19,7 @@ namespace fastconv {
   X(conv2d_input_grad_pairs, "conv2d_input_grad", "pairs")                \
   X(conv2d_weight_grad_naive, "conv2d_weight_grad", "naive")              \
   X(conv2d_weight_grad_tiled, "conv2d_weight_grad", "tiled")              \
+  X(conv2d_weight_grad_pairs, "conv2d_weight_grad", "pairs")              \
   X(conv2d_bias_grad, "conv2d_bias_grad", "rows")                         \
   X(depthwise, "conv2d", "depthwise")                                     \
   X(depthwise_input_grad, "conv2d_input_grad", "depthwise")               \

@@ -221,7 +221,8 @@ struct CpuConv2d {
     std::vector<Tap> taps;
     const GemmWeightGrad product =
         weight_grad_product(p, grad.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr(), taps);
-    if (kernel == Kernel::conv2d_weight_grad_naive) conv2d_kernels()->naive_weight_grad(product, p.dtype);
+    if (kernel == Kernel::conv2d_weight_grad_pairs) pair_kernels().weight_grad(product);
+    else if (kernel == Kernel::conv2d_weight_grad_naive) conv2d_kernels()->naive_weight_grad(product, p.dtype);
     else conv2d_kernels()->tiled_weight_grad(product, p.dtype);
   }
 

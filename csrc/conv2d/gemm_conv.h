@@ -85,6 +85,7 @@ struct Conv2dKernels {
 /// What avx512_bf16 adds to avx512's: products of bfloat16, those of one call, in either layout.
 struct PairKernels {
   void (*convolve)(const GemmConv*, int64_t count, Layout);
+  void (*weight_grad)(const GemmWeightGrad&);
 };
 
 const Conv2dKernels* conv2d_kernels_generic();

@@ -7,8 +7,7 @@
 
 namespace fastconv {
 
-inline const char* refuse_pairs(const ConvProblem& p, ConvPass pass) {
-  if (pass == ConvPass::weight_grad) return nullptr;
+inline const char* refuse_pairs(const ConvProblem& p, ConvPass) {
   if (p.dtype != DType::bf16) return "it multiplies pairs of bfloat16";
   return active_isa() == Isa::avx512_bf16 ? nullptr : "it needs the instruction set avx512_bf16";
 }
@@ -102,9 +101,10 @@ inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
        return problem.is_depthwise() ? nullptr : "it needs groups == in_channels, and more than one";
      },
      &refuse_nothing},
-    {"pairs", Kernel::conv2d_pairs, Kernel::conv2d_input_grad_pairs, Kernel::conv2d_weight_grad_tiled, &refuse_pairs,
-     [](const ConvProblem&, ConvPass pass) -> const char* {
-       return pass == ConvPass::weight_grad ? "its weight gradient is that of tiled" : nullptr;
+    {"pairs", Kernel::conv2d_pairs, Kernel::conv2d_input_grad_pairs, Kernel::conv2d_weight_grad_pairs, &refuse_pairs,
+     [](const ConvProblem& p, ConvPass pass) -> const char* {
+       if (pass != ConvPass::weight_grad || p.c_per_group() >= 16) return nullptr;
+       return "of its weight gradient few input channels leave vectors empty";
      }},
     {"rows", Kernel::conv2d_rows, Kernel::conv2d_input_grad_rows, Kernel::conv2d_weight_grad_tiled, &refuse_rows,
      &avoid_rows},
