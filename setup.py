@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "csrc" / "cuda_support"))
 
 import nvcc  # noqa: E402
 
-FAMILIES = ("conv2d", "depthwise", "pool", "norm")
+FAMILIES = ("conv2d", "depthwise", "pool", "norm", "network")
 SANITIZE = os.environ.get("FASTCONV_SANITIZE", "")
 # The heaviest translation unit peaks near 1 GB; a machine with many cores and little memory must not start them all.
 BYTES_PER_JOB = 3 * 2**29

@@ -136,6 +136,8 @@ py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& strid
   const std::string_view asked = algo ? std::string_view(*algo) : "";
   py::dict plan;
   plan["condition"] = py::none();
+  plan["keeps_weight"] = false;
+  plan["winograd_tile"] = py::none();
   if (is_cuda(device)) {
     add_choice(plan, kCudaConvCandidates, select_cuda_conv2d(p, pass, asked), p, pass,
                [](auto&) { return py::none(); });
@@ -143,8 +145,12 @@ py::dict plan_conv2d(const Shape& input, const Shape& weight, const Shape& strid
     const bool kept = packed && asked.empty() && pass == ConvPass::forward;
     const Kernel chosen = kept ? select_packed_conv2d(p) : select_conv2d(p, pass, asked);
     add_choice(plan, kConvCandidates, chosen, p, pass, [&](auto& name) { return tile_of(name, p, pass); });
-    if (const char* condition = winograd_condition(chosen); condition != nullptr && asked.empty())
-      plan["condition"] = condition;
+    const WinogradForm form = WinogradCost(p, pass, kept).form();
+    if (const char* condition = winograd_condition(chosen, form)) {
+      plan["winograd_tile"] = winograd_outputs(form);
+      if (asked.empty()) plan["condition"] = condition;
+    }
+    plan["keeps_weight"] = kept && refuse_keeping(p, chosen) == nullptr;
   }
   plan["output_shape"] = py::make_tuple(p.n, p.k, p.p(), p.q());
   plan["flops"] = p.flops();
@@ -228,11 +234,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &supported_isas, "Instruction sets that this CPU has and fastconv has kernels for");
   m.def("active_isa", [] { return std::string(name_of(active_isa())); }, "The instruction set in use");
   m.def("build_info", &build_info, "How the native code was compiled");
-  m.def("plan_conv2d", &plan_conv2d, py::arg("input_shape"), py::arg("weight_shape"), py::kw_only(), py::arg("stride"),
-        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"),
-        py::arg("pass_name"), py::arg("algo") = py::none(), py::arg("device") = "cpu", py::arg("packed") = false,
-        "The kernel that serves a convolution and on what condition, why others do not, its tile, FLOPs and bytes. "
-        "`packed`: on the CPU, with conv2d_pack's result. Raises RuntimeError if `algo` refuses.");
+  m.def(
+      "plan_conv2d", &plan_conv2d, py::arg("input_shape"), py::arg("weight_shape"), py::kw_only(), py::arg("stride"),
+      py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"),
+      py::arg("pass_name"), py::arg("algo") = py::none(), py::arg("device") = "cpu", py::arg("packed") = false,
+      "The kernel that serves a convolution and on what condition, why others do not, its tile, FLOPs and bytes. "
+      "`packed`: on the CPU, where the caller may keep conv2d_pack's result, and keeps_weight whether the kernel reads "
+      "one. Raises RuntimeError if `algo` refuses.");
   m.def("plan_pool", &plan_pool, py::arg("op"), py::arg("input_shape"), py::kw_only(), py::arg("kernel"),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("ceil_mode"), py::arg("divisor_override"),
         py::arg("dtype"), py::arg("device") = "cpu",

@@ -26,14 +26,11 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def(
       "conv2d_fused.eager(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
       "geometry, int groups, int activation, Tensor? packed=None) -> Tensor");
-  // Into memory that is there already: output is of the result's shape, dense in its layout, and apart from all
-  // operands.
+  // The weight in the form of the kernel called `algo`, winograd (F(tile x tile), 2 or 4) or (channels_last) tiled, for the `packed` of this
+  // one: on the CPU. The caller answers for its being of this weight, and of the kernel that will be chosen.
   m.def(
-      "conv2d_fused.eager_into(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
-      "geometry, int groups, int activation, Tensor(a!) output, Tensor? packed=None) -> Tensor(a!)");
-  // The weight in a kernel's own form, for the `packed` of these two: on the CPU, where Winograd serves it. The caller
-  // answers for its being of this weight.
-  m.def("conv2d_pack(Tensor weight, int[8] geometry, int groups, bool channels_last) -> Tensor");
+      "conv2d_pack(Tensor weight, int[8] geometry, int groups, bool channels_last, str algo, int tile=4) -> "
+      "Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, "
       "int[2] dilation, int groups, str? algo) -> Tensor");
@@ -83,6 +80,9 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def(
       "local_response_norm_backward(Tensor grad_output, Tensor input, int size, float alpha, float beta, float k) -> "
       "Tensor");
+
+  // The layers of a fused network, as csrc/network/network.h describes them, on tensors: its inputs, then its outputs.
+  m.def("network(Tensor program, Tensor[] tensors, Tensor[] constants, Tensor workspace) -> ()");
 
   // Calls per kernel since the last reset, in the registry's order: of CPU kernels, and of CUDA kernels.
   m.def("kernel_counts() -> Tensor");

@@ -18,9 +18,6 @@ from torch.nn import Parameter
 from fastconv import tuning
 from fastconv._library import EMULATED, cuda_problem, ops
 from fastconv._packed import PackedWeight
-from fastconv._reuse import SMALLEST, Memory
-from fastconv.ops._autograd import suggested_format
-from fastconv.ops.conv2d import output_size
 
 
 def _direct(overload: Any) -> Any:
@@ -31,7 +28,6 @@ def _direct(overload: Any) -> Any:
 # Overloads without autograd, fakes or vmap, whose registrations in Python cost more than a small convolution.
 _conv2d = _direct(ops.conv2d.eager)
 _conv2d_fused = _direct(ops.conv2d_fused.eager)
-_conv2d_fused_into = _direct(ops.conv2d_fused.eager_into)
 _max_pool2d = _direct(ops.max_pool2d.eager)
 _avg_pool2d = _direct(ops.avg_pool2d.eager)
 _adaptive_avg_pool2d = _direct(ops.adaptive_avg_pool2d.eager)
@@ -115,7 +111,6 @@ def conv2d_fused(
     dilation: Any,
     groups: Any,
     activation: int,
-    memory: Memory | None = None,
     packed: PackedWeight | None = None,
 ) -> Tensor | None:
     if not _is_plain_conv(input):
@@ -131,26 +126,10 @@ def conv2d_fused(
     try:
         form = None if packed is None else packed.find(input, weight, geometry, groups)
         last = () if form is None else (form,)
-        output = None if memory is None else _kept_output(memory, input, weight, strides, padding, dilations)
-        if output is not None:
-            _conv2d_fused_into(input, weight, scale, shift, residual, geometry, groups, activation, output, *last)
-            return output
         result: Tensor = _conv2d_fused(input, weight, scale, shift, residual, geometry, groups, activation, *last)
     except RuntimeError:
         return None
     return result
-
-
-def _kept_output(memory: Memory, input: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> Tensor | None:
-    """Memory for the result of a convolution, if it is large; whatever is wrong with the call the operator will say."""
-    n, filters = input.shape[0], weight.shape[0]
-    if n * filters * input.shape[2] * input.shape[3] * input.element_size() < SMALLEST or weight.dim() != 4:
-        return None
-    rows, columns = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    if rows < 1 or columns < 1:
-        return None
-    last = suggested_format(input, weight) == torch.channels_last
-    return memory.empty(input, (n, filters, rows, columns), last)
 
 
 def max_pool2d(input: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any) -> Tensor | None:

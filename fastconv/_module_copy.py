@@ -80,12 +80,13 @@ def _copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
         return module
     twin: nn.Module
     if isinstance(module, fx.GraphModule):
-        twin = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
+        own = type(module).__bases__[0]  # torch makes a class for each GraphModule
+        twin = own(module, copy.deepcopy(module.graph), type(module).__name__)
     else:
         twin = object.__new__(type(module))
     copies[id(module)] = twin
     for name, value in module.__dict__.items():
-        if name not in ("_graph", "_code", "_compiled_call_impl"):
+        if name not in ("_graph", "_code", "_compiled_call_impl", "_networks"):
             twin.__dict__[name] = copy.copy(value) if name in _INTERNALS else value
     if is_class_own(module):
         set_layer_type(twin, layer_type(module))
@@ -96,7 +97,8 @@ def _copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
 
 def own_tensors(model: nn.Module) -> None:
     """Gives ``model``, a copy, parameters and buffers of its own on the same memory: to cast or freeze it leaves the
-    original as it was. A tensor that is used at several places stays one. Special kinds of parameters are shared."""
+    original as it was. A tensor that is used at several places stays one. Special kinds of parameters are shared, those
+    made in inference mode are copied."""
     owned: dict[int, Any] = {}
     for module in model.modules():
         if opaque_reason(module) is not None or is_uninitialised(module):
@@ -104,11 +106,17 @@ def own_tensors(model: nn.Module) -> None:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if type(tensor) is nn.Parameter and id(tensor) not in owned:
-                    owned[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+                    owned[id(tensor)] = nn.Parameter(_detached(tensor), tensor.requires_grad)
                 elif type(tensor) is torch.Tensor and id(tensor) not in owned:
-                    owned[id(tensor)] = tensor.detach()
+                    owned[id(tensor)] = _detached(tensor)
                 if tensor is not None:
                     tensors[name] = owned.get(id(tensor), tensor)
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    result = tensor.detach()
+    # Outside of inference mode nothing that was made in it can be trained, or shared with what can.
+    return result.clone() if result.is_inference() and not torch.is_inference_mode_enabled() else result
 
 
 def _redirect(value: Any, copies: dict[int, nn.Module], outer: frozenset[int] = frozenset()) -> Any:

@@ -1,7 +1,8 @@
-"""Weights of a fused model in the form that a kernel reads, made once: the transformed filters of Winograd.
+"""Weights of a fused model in the form that a kernel reads, made once.
 
-They take four times the weight's memory. Fused weights are frozen, so what is watched for is what replaces a weight,
-and the version counter, which operators that write in place count up.
+The transformed filters of Winograd take four times the weight's memory, for small images 1.8 times, and both where a
+layer sees both; the panels of ``tiled``, for channels_last, as much as the weight in float32. Fused weights are frozen, so what is watched for is what replaces a weight, and the
+version counter, which operators that write in place count up.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from torch import Tensor, nn
 
 from fastconv import _C
 from fastconv._library import EMULATED, ops
-from fastconv._reuse import Memory
 from fastconv.ops._autograd import suggested_format
 
-CHANNELS = 32  # with fewer no kernel reads packed weights (csrc/conv2d/select.h), and asking takes a microsecond
+CHANNELS = 32  # with fewer Winograd is not chosen (csrc/conv2d/select.h)
 INPUTS = 64  # kinds of inputs whose kernel is remembered; a layer that sees more starts anew
 
 
@@ -25,29 +25,37 @@ class _Forms:
 
     def __init__(self, key: tuple[Any, ...], weight: Tensor) -> None:
         self.key, self.storage = key, weight.untyped_storage()
-        self.by_layout: dict[bool, Tensor] = {}
+        self.by_kernel: dict[tuple[str, int], Tensor] = {}
         self.by_input: dict[tuple[Any, ...], Tensor | None] = {}
 
 
 class PackedWeight:
-    """The packed forms of one layer's weight. A copy, or one that was loaded, starts without any."""
+    """The packed forms of one layer's weight. A copy, or one that was loaded, starts without any.
 
-    def __init__(self) -> None:
+    ``last_only``: there are none for contiguous inputs, which then need not ask (that takes a microsecond).
+    """
+
+    def __init__(self, last_only: bool = False) -> None:
         self._forms: _Forms | None = None
+        self.cleared = 0  # times
+        self._last_only = last_only
 
     def __reduce__(self) -> Any:
-        return PackedWeight, ()
+        return PackedWeight, (self._last_only,)
 
     def clear(self) -> None:
         self._forms = None
+        self.cleared += 1
 
     def bytes(self) -> int:
         forms = self._forms
-        return 0 if forms is None else sum(packed.nbytes for packed in forms.by_layout.values())
+        return 0 if forms is None else sum(packed.nbytes for packed in forms.by_kernel.values())
 
     def find(self, input: Tensor, weight: Tensor, geometry: tuple[int, ...], groups: int) -> Tensor | None:
         """The form for this call, of plain tensors on the CPU; None if its kernel reads the weight itself."""
         if EMULATED or weight.is_inference():  # such a tensor counts no versions
+            return None
+        if self._last_only and input.is_contiguous():
             return None
         key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, geometry, groups)
         forms = self._forms
@@ -76,35 +84,32 @@ def _pack(forms: _Forms, input: Tensor, weight: Tensor, geometry: tuple[int, ...
         )  # fmt: skip
     except ValueError:  # the operator will say what is wrong
         return None
-    if plan["kernel"] != "conv2d/winograd":
+    if not plan["keeps_weight"]:
         return None
-    if last not in forms.by_layout:
-        forms.by_layout[last] = ops.conv2d_pack(weight, geometry, groups, last)
-    return forms.by_layout[last]
+    # Winograd has two forms, each for both layouts; tiled has one, in channels_last alone.
+    kernel = plan["algo"], plan["winograd_tile"] or 4
+    if kernel not in forms.by_kernel:
+        forms.by_kernel[kernel] = ops.conv2d_pack(weight, geometry, groups, last, *kernel)
+    return forms.by_kernel[kernel]
 
 
-def may_pack(layer: Any) -> bool:
-    """Whether a convolution has a packed form that some image may want."""
+def packed_weight(layer: Any) -> PackedWeight | None:
+    """For a convolution that has a packed form which some image may want."""
     filters, depth, *kernel = layer.weight.shape
-    if kernel != [3, 3] or layer.stride != (1, 1) or layer.dilation != (1, 1) or layer.groups != 1:
-        return False
-    return bool(min(filters, depth) >= CHANNELS)
+    plain = kernel == [3, 3] and layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.groups == 1
+    if layer.groups > 1 and filters // layer.groups < 16:  # as refuse_keeping has it (csrc/conv2d/select.h)
+        return None
+    return PackedWeight(last_only=not plain or min(filters, depth) < CHANNELS)
 
 
 class KeepsPacked(nn.Module):
-    """A layer of frozen weights that may keep packed forms of them, and memory for results (:func:`fastconv.fuse`)."""
+    """A layer of frozen weights that may keep packed forms of them (:func:`fastconv.fuse`)."""
 
-    memory: Memory | None
-    packed: PackedWeight | None
-
-    def _kept(self) -> tuple[Memory | None, PackedWeight | None]:
-        # A model that was saved by an earlier version has neither.
-        return getattr(self, "memory", None), getattr(self, "packed", None)
+    packed: PackedWeight | None = None  # of the class: a model that was saved by an earlier version has none
 
     def _forget(self) -> None:
-        packed = self._kept()[1]
-        if packed is not None:
-            packed.clear()
+        if self.packed is not None:
+            self.packed.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._forget()

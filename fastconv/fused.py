@@ -11,7 +11,6 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from fastconv import _arguments, _eager, functional
 from fastconv._library import torch_calls
 from fastconv._packed import KeepsPacked, PackedWeight
-from fastconv._reuse import Memory
 from fastconv.layers import Conv2d
 from fastconv.ops import conv2d_fused as _conv2d_fused
 from fastconv.ops.conv2d import output_size, per_channel
@@ -28,7 +27,6 @@ _ACTIVATION_FUNCTIONS: dict[str, Any] = {"relu": torch.relu, "relu6": nn.functio
 _ACTIVATION_NAMES = {layer: name for name, layer in _ACTIVATION_LAYERS.items()}
 _Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 _Geometry = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]
-_Kept = tuple[Memory | None, PackedWeight | None]
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -65,17 +63,17 @@ def fused_conv2d(
         RuntimeError, TypeError: as :func:`torch.nn.functional.conv2d` does.
     """
     operands, geometry = (input, weight, scale, shift, residual), (stride, padding, dilation, groups)
-    return _fused_conv2d(operands, geometry, activation, (None, None))
+    return _fused_conv2d(operands, geometry, activation, None)
 
 
-def _fused_conv2d(operands: _Operands, geometry: _Geometry, activation: str, kept: _Kept) -> Tensor:
+def _fused_conv2d(operands: _Operands, geometry: _Geometry, activation: str, packed: PackedWeight | None) -> Tensor:
     if has_torch_function_variadic(*operands):
         result: Tensor = handle_torch_function(fused_conv2d, operands, *operands, *geometry, activation)
         return result
     input, weight, scale, shift, residual = operands
     stride, padding, dilation, groups = geometry
     code = _conv2d_fused.activation_code(activation)
-    quick = _eager.conv2d_fused(*operands, stride, padding, dilation, groups, code, *kept)
+    quick = _eager.conv2d_fused(*operands, stride, padding, dilation, groups, code, packed)
     if quick is not None:
         return quick
     cast = functional._autocast(input)
@@ -319,7 +317,7 @@ class FusedConv2d(KeepsPacked):
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.padding_mode, self.activation = padding_mode, activation
-        self.memory = self.packed = None
+        self.packed = None
         self.eval()
 
     @classmethod
@@ -343,7 +341,7 @@ class FusedConv2d(KeepsPacked):
         if self.padding_mode != "zeros":
             input, padding = _pad(input, padding, self.padding_mode), (0, 0, 0, 0)
         geometry = (self.stride, padding, self.dilation, self.groups)
-        return _fused_conv2d((input, self.weight, None, self.bias, residual), geometry, self.activation, self._kept())
+        return _fused_conv2d((input, self.weight, None, self.bias, residual), geometry, self.activation, self.packed)
 
     def extra_repr(self) -> str:
         filters, depth, *kernel = self.weight.shape

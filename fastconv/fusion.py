@@ -15,9 +15,9 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fastconv._graph_fusion import IN_PLACE_OPERATORS, fuse_graph, layer_of
 from fastconv._module_copy import copy_structure, layer_type, opaque_reason, own_tensors
-from fastconv._packed import PackedWeight, may_pack
+from fastconv._network import FusedGraph
+from fastconv._packed import packed_weight
 from fastconv._report import ConversionReport, Entry, attach
-from fastconv._reuse import Memory
 from fastconv.convert import TO_FASTCONV, exchange_layer, named_layers, require_model
 from fastconv.fused import BATCH_NORMS, ConvBNReLU2d, FusedConv2d, activation_name, has_hooks
 from fastconv.layers import Conv2d
@@ -39,14 +39,14 @@ def fuse(model: nn.Module) -> nn.Module:
     ``forward``; inside it the children are fused one by one, an ``nn.Sequential`` as a run of layers that is taken to
     be called as a whole.
 
-    Results of 4 MiB and more, of calls without gradients on the CPU, take memory that the model keeps and uses again
-    once nobody holds the result.
-
-    In such calls 3x3 layers also keep their weights in a transformed form (Winograd), four times their size and 64 MiB
-    a layer at most, made at the first call that has a use for it, and again after the weight was replaced, loaded, cast
-    or written to by an operator in place. What writes without counting up the weight's version (``weight.data``,
-    ``weight.numpy()``) is not noticed; call ``model.train().eval()`` after it, which drops what is kept. Weights that
-    were made in inference mode count no versions and are never kept.
+    In plain inference on the CPU (no gradients wanted, no hooks, no tracing) neighbouring layers that have kernels run
+    as one native call, channels_last inside whatever the caller's layout, with what lies between them in memory that
+    the model keeps for the next call. The weights of these layers are kept in the form that their kernels read, 64 MiB
+    a layer at most: 3x3 layers transformed (Winograd), two to four times their size, others in panels, of their size
+    in float32. All of it is made at the first call that has a use for it, and again after a weight or a layer was
+    replaced, loaded, cast or written to by an operator in place. Writing that does not count up the weight's version
+    (``weight.data``, ``weight.numpy()``) is not noticed; call ``model.train().eval()`` after it, which drops what is
+    kept.
 
     Args:
         model: a module in eval mode; it is not changed.
@@ -64,17 +64,21 @@ def fuse(model: nn.Module) -> nn.Module:
             "fastconv.fuse: the model is in training mode, where batch normalisation uses the statistics of each "
             "batch, which cannot be folded into weights; expected eval mode, call model.eval() first"
         )
+    # Tensors made in inference mode count no versions, so that nothing could be kept of them.
+    with torch.inference_mode(False), torch.no_grad():
+        return _fuse(model)
+
+
+def _fuse(model: nn.Module) -> nn.Module:
     report = ConversionReport("fuse")
     root = copy_structure(model)[id(model)]
     own_tensors(root)
     result = _Fuser(report).fuse(root, "")
     for name, module in named_layers(result):
         exchange_layer(report, TO_FASTCONV, name, module, module)
-    memory = Memory()
     for module in result.modules():
         if isinstance(module, FusedConv2d):
-            module.memory = memory
-            module.packed = PackedWeight() if may_pack(module) else None
+            module.packed = packed_weight(module)
     attach(result, report)
     if isinstance(result, fx.GraphModule):
         result.meta[_USER_PRESERVED_ATTRIBUTES_KEY]["fastconv_report"] = report
@@ -193,7 +197,7 @@ class _Fuser:
                     parent, _, name = str(node.target).rpartition(".")
                     module.get_submodule(parent)._modules[name] = fused
         fuse_graph(module, graph, prefix, self.report)
-        result = fx.GraphModule(module, graph, type(module).__name__)
+        result = FusedGraph(module, graph, type(module).__name__)
         for name, part in result.named_modules():
             original = module.get_submodule(name)  # fx makes every buffer persistent
             part._non_persistent_buffers_set = original._non_persistent_buffers_set & set(part._buffers)

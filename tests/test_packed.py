@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packing import fused, images, kept, layer_of
 from torch import Tensor, nn
 
 import fastconv
@@ -24,30 +25,12 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 GEOMETRY = (1, 1, 1, 1, 1, 1, 1, 1)
 
 
-def fused(channels: int = 64, filters: int = 64, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(channels, filters, 3, padding=1, **options)
-    return fastconv.fuse(nn.Sequential(conv, nn.BatchNorm2d(filters), nn.ReLU()).eval())
-
-
-def layer_of(model: nn.Module) -> Any:
-    (layer,) = (module for module in model.modules() if isinstance(module, FusedConv2d))
-    return layer
-
-
-def images(channels: int = 64, size: int = 28, n: int = 1, seed: int = 1) -> Tensor:
-    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def kept(model: nn.Module) -> int:
-    return int(layer_of(model).packed.bytes())
-
-
 @torch.no_grad()
 def exact(model: nn.Module, x: Tensor) -> Tensor:
     layer = layer_of(model)
     shift = layer.bias.to(torch.float64)
-    return nn.functional.conv2d(x.double(), layer.weight.double(), shift, padding=1).relu()
+    geometry = layer.stride, layer.padding[:2], layer.dilation, layer.groups
+    return nn.functional.conv2d(x.double(), layer.weight.double(), shift, *geometry).relu()
 
 
 @FORMATS
@@ -55,9 +38,6 @@ def exact(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("n", "channels", "filters", "size"), [(1, 64, 64, 28), (3, 50, 75, 27), (2, 256, 256, 14)])
 @torch.no_grad()
 def test_the_same_kernel_gives_the_same_bits(memory_format, dtype, n, channels, filters, size, poisoned):
-    pairs = dtype == torch.bfloat16 and _C.active_isa() == "avx512_bf16"
-    if pairs and memory_format == torch.contiguous_format and n * size**2 < 1600:
-        pytest.skip("pairs of bfloat16 do as well")
     model = fused(channels, filters).to(dtype)
     layer = layer_of(model)
     x = images(channels, size, n).to(dtype).to(memory_format=memory_format)
@@ -74,16 +54,19 @@ def test_the_same_kernel_gives_the_same_bits(memory_format, dtype, n, channels, 
 
 
 @torch.no_grad()
-def test_one_form_serves_every_image_of_a_layout():
+def test_one_form_serves_every_image():
     model = fused()
     for size, n in ((28, 1), (40, 2), (30, 1)):
         x = images(size=size, n=n)
         torch.testing.assert_close(model(x).double(), exact(model, x), rtol=1e-4, atol=1e-4)
-    once = kept(model)
+    once, expected = kept(model), model(images())
     torch.testing.assert_close(
         model(images().to(memory_format=torch.channels_last)).double(), exact(model, images()), rtol=1e-4, atol=1e-4
     )
-    assert once < kept(model) < 3 * once
+    assert kept(model) == once, "the layout changes nothing"
+    twin = fused()  # its form is made of channels_last weights
+    twin(images().to(memory_format=torch.channels_last))
+    assert torch.equal(twin(images()), expected)
 
 
 def test_what_kernel_packed_weights_choose():
@@ -96,29 +79,31 @@ def test_what_kernel_packed_weights_choose():
         plans = [_C.plan_conv2d(*shapes, channels_last=last, packed=True, **arguments) for last in (False, True)]
         return [str(plan["kernel"]).removeprefix("conv2d/") for plan in plans]
 
-    if _C.active_isa() == "avx512_bf16":
-        assert kernels(256, 14, dtype="bfloat16") == ["pairs", "winograd"]
-    assert kernels(512, 7) == ["tiled", "winograd"]
-    assert kernels(256, 14) == ["winograd", "winograd"]
-    assert kernels(512, 14) == ["winograd", "winograd"]
-    assert kernels(128, 14) == ["rows", "winograd"] or kernels(128, 14) == ["tiled", "winograd"]
-    assert "winograd" not in kernels(1024, 14), "its memory"
-    assert "winograd" not in kernels(512, 5)
+    for channels, size in ((512, 7), (256, 14), (512, 14), (128, 14), (32, 7), (64, 13), (64, 6)):
+        assert kernels(channels, size) == ["winograd", "winograd"]
+    assert "winograd" not in kernels(1056, 14), "its memory"
+    assert "winograd" not in kernels(512, 4)
+    assert kernels(64, 4) == ["winograd", "winograd"]
+    assert "winograd" not in kernels(64, 3)
     assert "winograd" not in kernels(256, 14, dtype="float64")
     assert "winograd" not in kernels(256, 14, stride=(2, 2))
+    if _C.active_isa() == "avx512_bf16":
+        assert kernels(256, 14, dtype="bfloat16") == ["winograd", "winograd"]
+        assert kernels(256, 14, dtype="bfloat16", stride=(2, 2)) == ["pairs", "pairs"]
 
 
 @torch.no_grad()
 def test_no_form_is_made_where_no_kernel_reads_it():
     model = fused(512, 512)
-    model(images(512, 7))
+    layer_of(model)(images(512, 4))
     assert kept(model) == 0
-    model(images(512, 7).to(memory_format=torch.channels_last))
-    assert 36 << 20 <= kept(model) <= 40 << 20
-    strided = fastconv.fuse(nn.Sequential(nn.Conv2d(64, 64, 3, stride=2), nn.ReLU()).eval())
-    assert layer_of(strided).packed is None
-    assert layer_of(fused(64, 31)).packed is None
-    assert layer_of(fused(32, 32)).packed is not None
+    model(images(512, 7))
+    assert 16 << 20 <= kept(model) <= 18 << 20
+    for options in ({"groups": 64}, {"groups": 16}):  # depthwise; four filters a group
+        assert layer_of(fused(64, 64, **options)).packed is None
+    large = fused(4200, 4100, 1)
+    large(images(4200, 1))
+    assert kept(large) == 0, "more than 64 MiB"
 
 
 @FORMATS
@@ -127,23 +112,24 @@ def test_images_outside_the_condition_go_to_direct(memory_format):
     model, x = fused(), images(n=2)
     x[1, :, 9, 9] = 6e4
     x = x.to(memory_format=memory_format)
-    reset_stats()
-    found = model(x)
-    assert {key for key in stats() if key.startswith("conv2d")} == {"conv2d/winograd", "conv2d/tiled"}
     layer = layer_of(model)
+    reset_stats()
+    found = layer(x)
+    assert {key for key in stats() if key.startswith("conv2d")} == {"conv2d/winograd", "conv2d/tiled"}
     arguments = (layer.weight, None, layer.bias, None, [1, 1], [1] * 4, [1, 1], 1, 1)
     assert torch.equal(found[1:], torch.ops.fastconv.conv2d_fused(x[1:], *arguments, "direct"))
 
 
-@pytest.mark.parametrize(("channels", "size"), [(32, 7), (512, 7), (64, 14), (512, 14)])
+@pytest.mark.parametrize(("channels", "size"), [(64, 4), (64, 6), (32, 7), (512, 7), (64, 14), (512, 14)])
+@FORMATS
 @torch.no_grad()
-def test_errors_on_small_maps(channels, size):
+def test_errors_on_small_maps(channels, size, memory_format):
     """Maps that have Winograd only with kept filters: the bound of test_winograd_choice.py."""
     model = fused(channels, channels)
     layer, x = layer_of(model), images(channels, size, 2).relu()
     layer.activation = "none"
     reset_stats()
-    found = layer(x.to(memory_format=torch.channels_last))
+    found = layer(x.to(memory_format=memory_format))
     assert [key for key in stats() if key.startswith("conv2d")] == ["conv2d/winograd"]
     shift = layer.bias.double()
     wanted = nn.functional.conv2d(x.double(), layer.weight.double(), shift, padding=1)
@@ -203,9 +189,12 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kernel", [1, 3])
 @torch.no_grad()
-def test_the_next_call_sees_a_change(change: Callable[[Any], None], memory_format):
-    model = fused()
+def test_the_next_call_sees_a_change(change: Callable[[Any], None], kernel, memory_format):
+    model = fused(kernel=kernel)
+    if kernel == 1:
+        memory_format = torch.channels_last
     x = images().to(memory_format=memory_format)
     before = model(x).clone()
     assert kept(model) > 0
@@ -221,7 +210,7 @@ def test_casts_drop_the_form():
     model(x)
     model.double()
     assert kept(model) == 0
-    torch.testing.assert_close(model(x.double()), exact(model, x))
+    torch.testing.assert_close(layer_of(model)(x.double()), exact(model, x))
     assert kept(model) == 0, "float64 has no Winograd"
     model.half()
     torch.testing.assert_close(model(x.half()).double(), exact(model, x.half()), rtol=2e-2, atol=2e-2)
@@ -287,10 +276,12 @@ def test_calls_that_something_watches_keep_nothing():
 
 
 def test_weights_of_inference_mode_are_not_kept():
+    model, x = fused(), images()
+    layer = layer_of(model)
     with torch.inference_mode():
-        model, x = fused(), images()
+        layer.weight = layer.weight.clone()
         before = model(x)
-        layer_of(model).weight.mul_(2)
+        layer.weight.mul_(2)
         assert not torch.equal(model(x), before)
     assert kept(model) == 0
 
@@ -308,28 +299,30 @@ def test_few_kinds_of_inputs_are_remembered():
         assert packed.find(torch.empty(n, 64, 28, 28), weight, GEOMETRY, 1) is not None
     assert packed._forms is not None
     assert len(packed._forms.by_input) <= 64
-    assert len(packed._forms.by_layout) == 1
+    assert len(packed._forms.by_kernel) == 1
 
 
 def test_the_operators_refuse_what_is_not_theirs():
     pack, eager = torch.ops.fastconv.conv2d_pack, torch.ops.fastconv.conv2d_fused.eager
     x, weight = images(), torch.randn(64, 64, 3, 3)
-    packed = pack(weight, GEOMETRY, 1, False)
-    assert packed.dtype == torch.float32
+    packed = pack(weight, GEOMETRY, 1, False, "winograd")
+    assert packed.dtype == torch.uint8
     assert packed.dim() == 1
-    for wrong in (packed[1:], packed.double(), pack(weight, GEOMETRY, 1, True), pack(weight[1:], GEOMETRY, 1, False)):
+    last = pack(weight, GEOMETRY, 1, True, "tiled")
+    for wrong in (packed[1:], packed.double(), last, pack(weight[32:], GEOMETRY, 1, False, "winograd")):
         with pytest.raises(RuntimeError, match="packed"):
             eager(x, weight, None, None, None, GEOMETRY, 1, 0, wrong)
     for arguments, message in (
-        ((weight.double(), GEOMETRY, 1, False), "float32"),
-        ((weight, (2, 2, 1, 1, 1, 1, 1, 1), 1, False), "stride"),
-        ((weight, GEOMETRY, 2, False), "groups"),
-        ((weight[..., :1], GEOMETRY, 1, False), "3x3"),
-        ((weight[0], GEOMETRY, 1, False), "weight"),
+        ((weight.double(), GEOMETRY, 1, False, "winograd"), "float32"),
+        ((weight, (2, 2, 1, 1, 1, 1, 1, 1), 1, False, "winograd"), "stride"),
+        ((weight, GEOMETRY, 2, False, "winograd"), "groups"),
+        ((weight[..., :1], GEOMETRY, 1, False, "winograd"), "3x3"),
+        ((weight[0], GEOMETRY, 1, False, "winograd"), "weight"),
+        ((weight, GEOMETRY, 1, False, "tiled"), "NCHW"),
+        ((weight, GEOMETRY, 8, True, "tiled"), "padding"),
+        ((weight, GEOMETRY, 1, True, "rows"), "expected winograd or tiled"),
     ):
         with pytest.raises(RuntimeError, match=message):
             pack(*arguments)
-    tiny = torch.randn(1, 64, 3, 3)
-    expected = torch.nn.functional.conv2d(tiny, weight, padding=1)
-    found = eager(tiny, weight, None, None, None, GEOMETRY, 1, 0, packed)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="leave packed out"):  # an image without Winograd
+        eager(torch.randn(1, 64, 3, 3), weight, None, None, None, GEOMETRY, 1, 0, packed)

@@ -1,4 +1,4 @@
-"""Winograd's F(4x4, 3x3) on the CPU: its transforms, its error and its edges; test_winograd_choice.py: its choice."""
+"""Winograd's F(4x4, 3x3) and F(2x2, 3x3) on the CPU: transforms, errors, edges; test_winograd_choice.py: the choice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reference import Conv, assert_within, guard_is_untouched, guarded, results_
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastconv import functional
+from fastconv import _C, functional
 from fastconv.ops import conv2d as ops
 from fastconv.ops.conv2d_fused import conv2d_fused
 from fastconv.stats import reset_stats, stats
@@ -29,19 +29,34 @@ def results(problem: Conv) -> dict[str, Tensor]:
     return {"output": output, "input": input_grad}
 
 
+def tile_of(problem: Conv) -> object:
+    """Rows of outputs of a tile: which form the forward pass has."""
+    input, weight, *_ = problem.shapes()
+    return _C.plan_conv2d(
+        input, weight, stride=(1, 1), padding=problem.padding, dilation=(1, 1), groups=1,
+        channels_last=problem.layouts[0], dtype="float32", pass_name="forward", algo="winograd",
+    )["winograd_tile"]  # fmt: skip
+
+
 def allowed(value: Tensor, dtype: torch.dtype) -> Tensor:
     return BOUND * value.square().mean().sqrt() + 0.51 * torch.finfo(dtype).eps * value.abs() * (dtype != torch.float32)
 
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("layouts", [(False,) * 3, (True,) * 3], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("size", [(1, 1), (3, 4), (5, 9), (8, 8), (13, 70), (31, 6)], ids=str)
-def test_every_edge(size, layouts, poisoned):
+@pytest.mark.parametrize(
+    ("tile", "n", "size"),
+    [(2, 2, (1, 1)), (2, 2, (3, 4)), (2, 2, (5, 9)), (2, 1, (13, 12)), (4, 20, (3, 4)), (4, 20, (5, 9)), (4, 4, (8, 8)),
+     (4, 2, (13, 70)), (4, 3, (31, 6))],
+    ids=str,
+)  # fmt: skip
+def test_every_edge(tile, n, size, layouts, poisoned):
     """Tiles that hang over, rows of few and of many tiles, channels that fill no vector, on either side."""
     for (c, k), padding in itertools.product(((1, 1), (5, 3), (17, 13), (33, 70)), ((1, 1, 1, 1), (2, 0, 1, 2))):
-        problem = Conv(c_per_group=c, k_per_group=k, size=size, padding=padding, layouts=layouts)
+        problem = Conv(n=n, c_per_group=c, k_per_group=k, size=size, padding=padding, layouts=layouts)
         if min(problem.shapes()[2]) < 1:
             continue
+        assert padding != (1,) * 4 or tile_of(problem) == tile
         exact = results_by_torch(problem, torch.float64)
         for name, value in results(problem).items():
             assert_within(value, exact[name], allowed(exact[name], torch.float32) + 1e-6, f"{name} of {problem}")
@@ -49,14 +64,26 @@ def test_every_edge(size, layouts, poisoned):
 
 @pytest.mark.parametrize("layouts", [(False,) * 3, (True,) * 3], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [64, 512])
-def test_error_is_within_the_bound(channels, dtype, layouts):
+@pytest.mark.parametrize(("channels", "tile", "size"), [(64, 2, (12, 14)), (512, 2, (12, 14)), (64, 4, (23, 25)),
+                                                       (300, 4, (23, 25))])  # fmt: skip
+def test_error_is_within_the_bound(channels, tile, size, dtype, layouts):
     problem = Conv(
-        n=1, c_per_group=channels, k_per_group=channels, size=(12, 14), padding=(1,) * 4, layouts=layouts, dtype=dtype
+        n=1, c_per_group=channels, k_per_group=channels, size=size, padding=(1,) * 4, layouts=layouts, dtype=dtype
     )
+    assert tile_of(problem) == tile
     exact = results_by_torch(problem, torch.float64)
     for name, value in results(problem).items():
         assert_within(value, exact[name], allowed(exact[name], dtype), f"{name} of {problem}")
+
+
+@pytest.mark.parametrize("layouts", [(False,) * 3, (True,) * 3], ids=["nchw", "nhwc"])
+def test_small_tiles_are_exact_for_integers(layouts):
+    """Their transforms add, subtract and halve."""
+    problem = Conv(c_per_group=24, k_per_group=40, size=(9, 10), padding=(1,) * 4, integers=True, layouts=layouts)
+    assert tile_of(problem) == 2
+    exact = results_by_torch(problem, torch.float64)
+    for name, value in results(problem).items():
+        assert torch.equal(value, exact[name].float()), name
 
 
 def test_integers_come_out_nearly_exact():

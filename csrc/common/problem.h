@@ -74,6 +74,7 @@ struct ConvProblem {
   int64_t groups = 1;
   Layout layout = Layout::nchw;
   DType dtype = DType::f32;
+  bool weight_is_nchw = false;  // whatever the layout
 
   FASTCONV_INLINE constexpr int64_t p() const {
     return window_positions(h, padding.top, padding.bottom, r, dilation.h, stride.h);
@@ -86,8 +87,10 @@ struct ConvProblem {
   FASTCONV_INLINE constexpr bool is_depthwise() const { return groups == c && groups > 1; }
   FASTCONV_INLINE constexpr Strides4 input_strides() const { return strides_of(layout, c, h, w); }
   FASTCONV_INLINE constexpr Strides4 output_strides() const { return strides_of(layout, k, p(), q()); }
-  /// Weights are (K, C/groups, R, S), dense in the problem's own layout.
-  FASTCONV_INLINE constexpr Strides4 weight_strides() const { return strides_of(layout, c_per_group(), r, s); }
+  /// Weights are (K, C/groups, R, S), dense in the problem's own layout or in NCHW.
+  FASTCONV_INLINE constexpr Strides4 weight_strides() const {
+    return strides_of(weight_is_nchw ? Layout::nchw : layout, c_per_group(), r, s);
+  }
   /// Two per multiply-add, counted on the output size as the lecture does.
   FASTCONV_INLINE constexpr int64_t flops() const { return 2 * n * k * p() * q() * c_per_group() * r * s; }
   /// Every tensor read or written once: what the memory bus must carry at least.

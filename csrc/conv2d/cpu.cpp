@@ -1,12 +1,11 @@
 // The convolution ops on the CPU: kernels chosen by select.h, through the table of the active instruction set.
-#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <vector>
 
 #include "common/kernel_table.h"
 #include "common/parallel.h"
-#include "conv2d/cpu_winograd_condition.h"
+#include "conv2d/cpu_call.h"
 #include "conv2d/gemm_plan.h"
 #include "conv2d/host.h"
 #include "conv2d/select.h"
@@ -17,15 +16,6 @@ namespace {
 
 FASTCONV_KERNEL_TABLE(conv2d_kernels)
 FASTCONV_KERNEL_TABLE(depthwise_kernels)
-
-/// Of an active instruction set that has them: select.h asks.
-const PairKernels& pair_kernels() {
-#if defined(__x86_64__)
-  return *conv2d_pairs_avx512_bf16();
-#else
-  throw std::logic_error("no kernels for pairs of bfloat16 were built");
-#endif
-}
 
 float to_float(float value) { return value; }
 double to_float(double value) { return value; }
@@ -66,103 +56,24 @@ class ChannelValues {
   bool present_;
 };
 
-/// The kernel of a call, and for one that works on a condition what takes the images that do not meet it.
-struct CpuChoice {
-  Kernel kernel;
-  std::optional<Kernel> otherwise;
-};
-
-/// One product by the kernel of its pass.
-void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype, const float* packed = nullptr) {
-  const Conv2dKernels& kernels = *conv2d_kernels();
-  switch (kernel) {
-    case Kernel::conv2d_naive:
-    case Kernel::conv2d_input_grad_naive:
-      return kernels.naive(product, dtype);
-    case Kernel::conv2d_rows:
-    case Kernel::conv2d_input_grad_rows:
-      return kernels.rows(product, dtype);
-    case Kernel::conv2d_pairs:
-    case Kernel::conv2d_input_grad_pairs:
-      return pair_kernels().convolve(&product, 1, layout);
-    case Kernel::conv2d_winograd:
-    case Kernel::conv2d_input_grad_winograd:
-      return WinogradProduct(kernels, product, layout, dtype, packed).run(product);
-    default:
-      return kernels.tiled(&product, 1, layout, dtype);
-  }
-}
-
-/// One product; every kernel that computes an image of it is counted, once.
-void run_choice(const CpuChoice& choice, const GemmConv& product, Layout layout, DType dtype,
-                const float* packed = nullptr) {
-  if (!choice.otherwise) {
-    count_call(choice.kernel);
-    return run_product(choice.kernel, product, layout, dtype, packed);
-  }
-  const std::vector<double> energies = winograd_energies(*conv2d_kernels(), product, layout, dtype);
-  const auto at = [&](int64_t image) { return energies[static_cast<std::size_t>(image)]; };
-  std::optional<WinogradProduct> winograd;
-  const bool any = std::any_of(energies.begin(), energies.end(), [](double energy) { return energy >= 0; });
-  if (any) winograd.emplace(*conv2d_kernels(), product, layout, dtype, packed);
-  const auto fits = [&](int64_t image) {
-    return winograd && at(image) >= 0 && winograd->stays_finite(product, at(image));
-  };
-  bool counted[2] = {};
-  for_image_runs(product, dtype, fits, [&](const GemmConv& images, bool fit) {
-    const Kernel kernel = fit ? choice.kernel : *choice.otherwise;
-    if (!counted[fit]) count_call(kernel);
-    counted[fit] = true;
-    if (fit) winograd->run(images);
-    else run_product(kernel, images, layout, dtype);
-  });
-}
-
-/// Elements of conv2d_pack's result. One more in NHWC, so that neither layout's filters are taken for the other's.
-int64_t packed_elems(const GemmConv& product, Layout layout) {
-  return conv2d_kernels()->winograd_filter_elems(product, layout) + (layout == Layout::nhwc ? 1 : 0);
-}
-
-/// The filters in `packed` if they can serve the problem, else null; raises if they are of another one.
-const float* packed_filters(const Tensor* packed, const ConvProblem& p, const GemmConv& product) {
-  if (packed == nullptr || refuse_packed(p) != nullptr) return nullptr;
-  require(packed->is_cpu() && packed->is_contiguous() && packed->scalar_type() == torch::headeronly::ScalarType::Float,
-          "conv2d_fused: packed is expected to be what conv2d_pack gave");
-  const int64_t wanted = packed_elems(product, p.layout);
-  require(packed->numel() == wanted, "conv2d_fused: packed has ", packed->numel(), " elements, expected ", wanted,
-          "; pack this weight for this memory format (conv2d_pack)");
-  return static_cast<const float*>(packed->const_data_ptr());
-}
-
 struct CpuConv2d {
   static constexpr bool kPacks = true;
 
-  static CpuChoice with_condition(Kernel kernel, const ConvProblem& p, ConvPass pass) {
-    if (winograd_condition(kernel) == nullptr) return {kernel, std::nullopt};
-    return {kernel, select_conv2d(p, pass, "direct")};
-  }
-
   static CpuChoice select(const ConvProblem& p, ConvPass pass, std::string_view algo) {
-    const Kernel kernel = select_conv2d(p, pass, algo);
-    return algo.empty() ? with_condition(kernel, p, pass) : CpuChoice{kernel, std::nullopt};
+    return choose_conv2d(p, pass, algo);
   }
 
-  static CpuChoice select_packed(const ConvProblem& p) {
-    return with_condition(select_packed_conv2d(p), p, ConvPass::forward);
-  }
+  static CpuChoice select_packed(const ConvProblem& p) { return choose_packed_conv2d(p); }
 
-  /// Transformed filters, which any image of at least 4x4 pixels may use.
-  static Tensor pack(ConvProblem p, const Tensor& weight) {
-    p.n = 1, p.h = p.w = 4;
-    const char* reason = refuse_packed(p);
-    require(reason == nullptr, "conv2d_pack: only Winograd keeps filters, and ", reason ? reason : "");
-    std::vector<Tap> taps;
-    const GemmConv product = forward_product(p, nullptr, weight.const_data_ptr(), nullptr, taps);
-    const int64_t elems = packed_elems(product, p.layout);
-    Tensor packed = torch::stable::empty({&elems, 1}, torch::headeronly::ScalarType::Float);
-    auto* filters = static_cast<float*>(packed.mutable_data_ptr());
-    filters[elems - 1] = 0;
-    conv2d_kernels()->winograd_filters(product, p.layout, p.dtype, filters);
+  static Tensor pack(ConvProblem p, const Tensor& weight, std::string_view algo, WinogradForm form) {
+    p = image_for_weight(p);
+    require(algo == "winograd" || algo == "tiled", "conv2d_pack: algo is \"", algo, "\", expected winograd or tiled");
+    const Kernel kernel = algo == "tiled" ? Kernel::conv2d_tiled : Kernel::conv2d_winograd;
+    const int64_t bytes = packed_bytes(p, kernel, form);
+    const char* reason = refuse_keeping(p, kernel);
+    require(bytes > 0, "conv2d_pack: ", algo, " keeps no form of this weight: ", reason ? reason : "");
+    Tensor packed = torch::stable::empty({&bytes, 1}, torch::headeronly::ScalarType::Byte);
+    pack_weight(p, kernel, form, weight.const_data_ptr(), packed.mutable_data_ptr());
     return packed;
   }
 
@@ -171,15 +82,15 @@ struct CpuConv2d {
     const ChannelValues scales("conv2d", fused.scale, p), shifts("conv2d", fused.shift, p);
     const Epilogue epilogue{scales.data(), shifts.data(), fused.residual ? fused.residual->const_data_ptr() : nullptr,
                             fused.activation};
-    if (choice.kernel == Kernel::depthwise) {
-      count_call(choice.kernel);
-      depthwise_kernels()->forward(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), epilogue);
-      return;
+    const void* packed = nullptr;
+    if (fused.packed) {
+      require(fused.packed->is_cpu() && fused.packed->is_contiguous() &&
+                  fused.packed->scalar_type() == torch::headeronly::ScalarType::Byte,
+              "conv2d_fused: packed is expected to be what conv2d_pack gave");
+      packed = fused.packed->const_data_ptr();
+      check_packed(p, choice.kernel, packed, fused.packed->numel());
     }
-    std::vector<Tap> taps;
-    GemmConv product = forward_product(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), taps);
-    product.epilogue = epilogue;
-    run_choice(choice, product, p.layout, p.dtype, packed_filters(fused.packed, p, product));
+    convolve(p, choice, x.const_data_ptr(), weight.const_data_ptr(), packed, epilogue, y.mutable_data_ptr());
   }
 
   static void input_grad(const CpuChoice& choice, const ConvProblem& p, const Tensor& grad, const Tensor& weight,
@@ -197,17 +108,18 @@ struct CpuConv2d {
       for (int64_t b = 0; b < columns; ++b)
         phases.push_back(input_grad_product(p, {a, b}, grad.const_data_ptr(), weight.const_data_ptr(),
                                             grad_input.mutable_data_ptr(), taps[phases.size()]));
-    if (phases.size() == 1) return run_choice(choice, phases[0], p.layout, p.dtype);
+    const KeptWeight none{WinogradCost(p, ConvPass::input_grad, false).form(), nullptr};
+    if (phases.size() == 1) return run_choice(choice, phases[0], p.layout, p.dtype, none);
     count_call(choice.kernel);
     if (choice.kernel == Kernel::conv2d_input_grad_tiled) {
-      conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype);
+      conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype, nullptr);
       return;
     }
     if (choice.kernel == Kernel::conv2d_input_grad_pairs) {
       pair_kernels().convolve(phases.data(), static_cast<int64_t>(phases.size()), p.layout);
       return;
     }
-    for (const GemmConv& phase : phases) run_product(choice.kernel, phase, p.layout, p.dtype);
+    for (const GemmConv& phase : phases) run_product(choice.kernel, phase, p.layout, p.dtype, none);
   }
 
   static void weight_grad(const CpuChoice& choice, const ConvProblem& p, const Tensor& grad, const Tensor& x,

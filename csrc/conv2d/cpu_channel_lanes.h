@@ -1,9 +1,9 @@
 // Implicit GEMM with output channels in lanes, for NHWC: rows of a tile are pixels, columns are output channels.
 //
-// Weights are packed into panels of kTileColumns channels, depth (tap, input channel): once per call, or by each task
-// where one or two strips hold all pixels. A task owns a strip of pixels and a range of channels: it gathers the rows
-// of the pixels (a few contiguous copies per pixel, none at all for 1x1 with stride 1) and passes its weight panels
-// over them.
+// Weights are packed into panels of kTileColumns channels, depth (tap, input channel): once for all calls where the
+// caller keeps them, else once per call, or by each task where one or two strips hold all pixels. A task owns a strip
+// of pixels and a range of channels: it gathers the rows of the pixels (a few contiguous copies per pixel, none at all
+// for 1x1 with stride 1) and passes its weight panels over them.
 #pragma once
 
 #include "conv2d/cpu_channel_weights.h"
@@ -85,13 +85,29 @@ void store_channel_tile(const GemmConv& p, const int64_t* y_offsets, const acc_t
   }
 }
 
+/// Lets a tile that keeps its sums in y finish them for the channels from `channel` on, of the pixel at `y_offset`;
+/// false if it has to be done afterwards.
+template <class T>
+FASTCONV_INLINE bool finish_in_tile(const GemmConv& p, int64_t y_offset, int64_t channel,
+                                    TileFinish<acc_t<T>>& finish) {
+  using Acc = acc_t<T>;
+  const Epilogue& e = p.epilogue;
+  if (e.activation == Activation::tanh) return false;
+  finish.scale = e.scale ? static_cast<const Acc*>(e.scale) + channel : nullptr;
+  finish.shift = e.shift ? static_cast<const Acc*>(e.shift) + channel : nullptr;
+  // Only tensors in the type of their sums have them in y.
+  finish.residual = e.residual ? static_cast<const Acc*>(e.residual) + y_offset + channel : nullptr;
+  finish.activation = e.activation;
+  return true;
+}
+
 struct ChannelLanesPlan {
   int64_t pixels, strip_pixels, strips;
   int64_t panels, panels_per_task, panel_tasks;  // of output channels
   int64_t depth, depth_block;
   bool packs_by_task;  // weights, in L2, instead of once through memory
 
-  ChannelLanesPlan(const GemmConv& p, int64_t columns, int64_t element_bytes) {
+  ChannelLanesPlan(const GemmConv& p, int64_t columns, int64_t element_bytes, bool kept) {
     constexpr int64_t kStripBytes = 128 * 1024;
     // A panel of 20 KiB for AVX2. AVX-512's products take so long that L2 keeps up: half as many passes over the sums.
     constexpr int64_t kDepth = kTileVectors * FASTCONV_VECTOR_BYTES > 64 ? 640 : 320;
@@ -102,6 +118,10 @@ struct ChannelLanesPlan {
     const int64_t fitting = max_of(4 * kTileRows, min_of(kStripBytes / (depth_block * element_bytes), 24 * kTileRows));
     strips = ceil_div(pixels, fitting);
     panels = ceil_div(p.m, columns);
+    if (kept) {
+      share_kept(p, threads, fitting);
+      return;
+    }
     // Every strip reads all weights, every range of channels gathers its strip again.
     constexpr int64_t kFewestPanels = 4;
     const int64_t wanted = ceil_div(4 * threads, p.groups);
@@ -112,9 +132,36 @@ struct ChannelLanesPlan {
     }
     strip_pixels = ceil_div(pixels, strips);
     strips = ceil_div(pixels, strip_pixels);
-    packs_by_task = strips <= 2;
+    packs_by_task = !kept && strips <= 2;
     panels_per_task = ceil_div(panels, panel_tasks);
     panel_tasks = ceil_div(panels, panels_per_task);
+  }
+
+ private:
+  /// With kept panels a task costs little beside its products, so that there are as few as memory and threads ask for:
+  /// equal shares for all threads, of pixels where tiles stay high, or else of the output channels.
+  void share_kept(const GemmConv& p, int64_t threads, int64_t fitting) {
+    const int64_t fewest = ceil_div(pixels, fitting), wanted = ceil_div(threads, p.groups);
+    double least = 0;
+    const int64_t strip_counts[] = {fewest, min_of(pixels, round_up(fewest, wanted))};
+    const int64_t part_counts[] = {1, min_of(panels, wanted)};
+    for (const int64_t strip_count : strip_counts)
+      for (const int64_t part_count : part_counts) {
+        const int64_t length = ceil_div(pixels, strip_count), per_part = ceil_div(panels, part_count);
+        const int64_t all_strips = ceil_div(pixels, length), parts = ceil_div(panels, per_part);
+        const int64_t tiles = ceil_div(length, kTileRows);
+        // In products of one row of a tile. A tile costs as much as half a row more; one of fewer than four rows waits
+        // for itself.
+        const double strip = static_cast<double>(max_of(length, 4 * tiles)) + 0.5 * static_cast<double>(tiles);
+        const double gathered = 0.1 * static_cast<double>(length);
+        const double cost = static_cast<double>(ceil_div(p.groups * all_strips * parts, threads)) *
+                            (strip * static_cast<double>(per_part) + gathered);
+        if (least > 0 && cost >= least) continue;
+        least = cost;
+        strips = all_strips, strip_pixels = length;
+        panel_tasks = parts, panels_per_task = per_part;
+      }
+    packs_by_task = false;
   }
 };
 
@@ -153,7 +200,6 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
   const T* x = static_cast<const T*>(p.x) + group * p.c * p.x_strides.c;
   const bool in_place = rows_in_place<T>(p), dense_sums = sums_in_place<T>(p);
   const bool plain = p.epilogue.is_plain();
-  const auto& tiles = kTiles<Acc, Rows::depth_contiguous>;
 
   for (int64_t begin = 0; begin == 0 || begin < plan.depth; begin += plan.depth_block) {
     const int64_t end = min_of(plan.depth, begin + plan.depth_block);
@@ -191,7 +237,11 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
         if (direct) call.out = static_cast<Acc*>(p.y) + scratch.y_offsets[pixel] + group * p.m + m;
         else if (plan.depth_block >= plan.depth) call.out = scratch.sums;
         else call.out = scratch.sums + ((panel - panel_begin) * plan.strip_pixels + pixel) * kColumns;
-        tiles.at(live, columns)(call);
+        if (last && direct && !plain && finish_in_tile<T>(p, scratch.y_offsets[pixel], group * p.m + m, call.finish)) {
+          kFinishingTiles<Acc, Rows::depth_contiguous>.at(live, columns)(call);
+          continue;
+        }
+        kTiles<Acc, Rows::depth_contiguous>.at(live, columns)(call);
         if (last && !(direct && plain))
           store_channel_tile<T>(p, scratch.y_offsets + pixel, call.out, call.out_stride, group * p.m + m, live,
                                 columns);
@@ -200,13 +250,16 @@ void convolve_pixel_strip(const GemmConv& p, const ChannelLanesPlan& plan, const
   }
 }
 
+/// `kept`: what pack_weight_panels made of the weight, or null.
 template <class T>
-void convolve_channel_lanes(const GemmConv& p) {
+void convolve_channel_lanes(const GemmConv& p, const acc_t<T>* kept) {
   using Acc = acc_t<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>, kBytes = sizeof(Acc);
-  const ChannelLanesPlan plan(p, kColumns, kBytes);
-  Scratch packed(plan.packs_by_task ? 0 : p.groups * plan.panels * plan.depth * kColumns * kBytes);
-  if (!plan.packs_by_task) pack_weight_panels<T>(p, packed.as<Acc>());
+  const ChannelLanesPlan plan(p, kColumns, kBytes, kept != nullptr);
+  const bool packs = !kept && !plan.packs_by_task;
+  Scratch packed(packs ? weight_panel_elems<Acc>(p) * kBytes : 0);
+  if (packs) pack_weight_panels<T>(p, packed.as<Acc>());
+  const Acc* panels = kept ? kept : packed.as<Acc>();
 
   parallel_for(0, p.groups * plan.strips * plan.panel_tasks, 1, [&](int64_t begin, int64_t end) {
     const int64_t sums_rows = plan.depth_block >= plan.depth ? kTileRows : plan.panels_per_task * plan.strip_pixels;
@@ -215,7 +268,7 @@ void convolve_channel_lanes(const GemmConv& p) {
     Scratch weights(plan.packs_by_task ? plan.depth_block * kColumns * kBytes : 0);
     Scratch offsets(plan.strip_pixels * static_cast<int64_t>(sizeof(int64_t)));
     const ChannelLanesScratch<T> scratch{rows.as<Acc>(), sums.as<Acc>(), weights.as<Acc>(), offsets.as<int64_t>()};
-    for (int64_t task = begin; task < end; ++task) convolve_pixel_strip<T>(p, plan, packed.as<Acc>(), task, scratch);
+    for (int64_t task = begin; task < end; ++task) convolve_pixel_strip<T>(p, plan, panels, task, scratch);
   });
 }
 

@@ -75,20 +75,26 @@ void convolve_channel_row(const GemmConv& p, const acc_t<T>* weight_panels, cons
       for (int64_t row = 0; row < rows; ++row) y_offsets[row] = y_offset + (j + row) * p.y_strides.w;
       call.a = source + j * p.step.w * p.c;
       call.out = direct ? static_cast<Acc*>(p.y) + y_offsets[0] + m : scratch.sums;
+      if (direct && !plain && finish_in_tile<T>(p, y_offsets[0], m, call.finish)) {
+        kFinishingTiles<Acc, Rows::offsets>.at(rows, columns)(call);
+        continue;
+      }
       kTiles<Acc, Rows::offsets>.at(rows, columns)(call);
       if (!direct || !plain) store_channel_tile<T>(p, y_offsets, call.out, call.out_stride, m, rows, columns);
     }
   }
 }
 
+/// `kept`: what pack_weight_panels made of the weight, or null.
 template <class T>
-void convolve_channel_rows(const GemmConv& p) {
+void convolve_channel_rows(const GemmConv& p, const acc_t<T>* kept) {
   using Acc = acc_t<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>, kBytes = sizeof(Acc), kOffsetBytes = sizeof(int64_t);
   const ChannelRowsPlan plan(p, kBytes);
   const int64_t depth = p.c * p.tap_count;
-  Scratch packed(ceil_div(p.m, kColumns) * depth * kColumns * kBytes);
-  pack_weight_panels<T>(p, packed.as<Acc>());
+  Scratch packed(kept ? 0 : weight_panel_elems<Acc>(p) * kBytes);
+  if (!kept) pack_weight_panels<T>(p, packed.as<Acc>());
+  const Acc* panels = kept ? kept : packed.as<Acc>();
   Scratch offsets((depth + kTileRows) * kOffsetBytes);
   int64_t* row_offsets = offsets.as<int64_t>();
   int64_t* depth_offsets = row_offsets + kTileRows;
@@ -113,7 +119,7 @@ void convolve_channel_rows(const GemmConv& p) {
                           plan.pitch, scratch.copy + a * plan.pitch);
       }
       for (int64_t i = 0; i < count; ++i)
-        convolve_channel_row<T>(p, packed.as<Acc>(), scratch.copy + i * p.step.h * plan.pitch,
+        convolve_channel_row<T>(p, panels, scratch.copy + i * p.step.h * plan.pitch,
                                 p.y_offset + n * p.y_strides.n + (first + i) * p.y_strides.h, scratch);
     }
   });

@@ -45,6 +45,11 @@ void pack_weight_panel(const GemmConv& p, int64_t group, int64_t panel, int64_t 
   }
 }
 
+template <class Acc>
+int64_t weight_panel_elems(const GemmConv& p) {
+  return p.groups * ceil_div(p.m, kTileColumns<Acc>) * p.c * p.tap_count * kTileColumns<Acc>;
+}
+
 /// Panels [group][m / kTileColumns][tap][c][kTileColumns].
 template <class T>
 void pack_weight_panels(const GemmConv& p, acc_t<T>* panels) {

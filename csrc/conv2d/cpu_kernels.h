@@ -3,6 +3,7 @@
 
 #include "conv2d/cpu_channel_lanes.h"
 #include "conv2d/cpu_channel_rows.h"
+#include "conv2d/cpu_dense_rows.h"
 #include "conv2d/cpu_energies.h"
 #include "conv2d/cpu_pixel_lanes.h"
 #include "conv2d/cpu_rows.h"
@@ -62,29 +63,48 @@ inline constexpr Conv2dKernels kConv2dKernels = {
     [](const GemmWeightGrad& p, DType dtype) {
       for_dtype(dtype, [&](auto type) { weight_grad_naive<decltype(type)>(p); });
     },
-    [](const GemmConv* products, int64_t count, Layout layout, DType dtype) {
+    [](const GemmConv* products, int64_t count, Layout layout, DType dtype, const void* panels) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
+        if (count == 1 && dense_rows_serve(products[0])) return convolve_dense_rows<T>(products[0]);
         if (layout == Layout::nchw) return convolve_pixel_lanes<T>(products, count);
+        const auto* kept = static_cast<const acc_t<T>*>(panels);
         for (int64_t i = 0; i < count; ++i)
-          channel_rows_serve(products[i]) ? convolve_channel_rows<T>(products[i])
-                                          : convolve_channel_lanes<T>(products[i]);
+          channel_rows_serve(products[i]) ? convolve_channel_rows<T>(products[i], kept)
+                                          : convolve_channel_lanes<T>(products[i], kept);
       });
+    },
+    [](const GemmConv& p, DType dtype, void* panels) {
+      for_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        pack_weight_panels<T>(p, static_cast<acc_t<T>*>(panels));
+      });
+    },
+    [](const GemmConv& p, DType dtype) {
+      int64_t elems = 0;
+      for_dtype(dtype, [&](auto type) { elems = weight_panel_elems<acc_t<decltype(type)>>(p); });
+      return elems;
     },
     [](const GemmConv& p, DType dtype) { for_dtype(dtype, [&](auto type) { convolve_rows<decltype(type)>(p); }); },
-    [](const GemmConv& p, Layout layout, DType dtype, const float* filters) {
+    [](const GemmConv& p, Layout layout, DType dtype, WinogradForm form, const float* filters) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        if constexpr (!__is_same(T, double)) convolve_winograd<T>(p, layout, filters);
+        if constexpr (!__is_same(T, double)) {
+          if (form == WinogradForm::f2) convolve_winograd<Winograd2, T>(p, layout, filters);
+          else convolve_winograd<Winograd4, T>(p, layout, filters);
+        }
       });
     },
-    [](const GemmConv& p, Layout layout, DType dtype, float* filters) {
+    [](const GemmConv& p, DType dtype, WinogradForm form, float* filters) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        if constexpr (!__is_same(T, double)) transform_filters<T>(p, layout, filters);
+        if constexpr (!__is_same(T, double)) {
+          if (form == WinogradForm::f2) transform_filters<Winograd2, T>(p, filters);
+          else transform_filters<Winograd4, T>(p, filters);
+        }
       });
     },
-    [](const GemmConv& p, Layout layout) { return WinogradPlan(p, layout).filter_elems(p, layout); },
+    [](const GemmConv& p, WinogradForm form) { return WinogradPlan(p, static_cast<int64_t>(form)).filter_elems(p); },
     [](const GemmConv& p, Layout layout, DType dtype, float* energies) {
       for_dtype(dtype, [&](auto type) {
         using T = decltype(type);

@@ -19,7 +19,8 @@ struct __attribute__((packed, aligned(2), may_alias)) Pair {
 inline constexpr int64_t kNumbers = 32;  // of a vector
 
 /// How the sums of a tile become outputs, without leaving the registers before.
-struct PairFinish {
+template <>
+struct TileFinish<Pair> {
   BFloat16* y;               // column 0
   const BFloat16* residual;  // likewise, or null
   const int64_t* row_offsets;
@@ -29,6 +30,7 @@ struct PairFinish {
   Activation activation;
   __mmask32 columns;
 };
+using PairFinish = TileFinish<Pair>;
 
 /// value = value * scale for every sum, or value + shift.
 template <bool kScales, int kRows, int kVectors>
@@ -69,11 +71,13 @@ FASTCONV_INLINE void finish_pairs(const PairFinish& f, simd::Vec<float> (&sums)[
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        V value = simd::max_propagate_nan<float>(sums[row][v], V{});
-        if (f.activation == Activation::relu6) value = simd::min_propagate_nan<float>(value, simd::broadcast(6.0f));
-        sums[row][v] = value;
-      }
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<float>(sums[row][v], Activation::relu);
+  }
+  if (f.activation == Activation::relu6) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<float>(sums[row][v], Activation::relu6);
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
@@ -90,17 +94,25 @@ FASTCONV_INLINE void finish_pairs(const PairFinish& f, simd::Vec<float> (&sums)[
 
 template <>
 struct TileStep<Pair> {
-  static constexpr bool kFinishes = true;
   using Vector = simd::Vec<float>;
-  template <int kRows, int kVectors>
-  static FASTCONV_INLINE void finish(const void* how, Vector (&sums)[kRows][kVectors]) {
-    finish_pairs(*static_cast<const PairFinish*>(how), sums);
-  }
+  static constexpr bool kStoresFinished = true;
   static FASTCONV_INLINE Vector broadcast(Pair pair) { return (Vector)_mm512_set1_epi32(static_cast<int>(pair.bits)); }
   static FASTCONV_INLINE Vector add_product(Vector a, Vector b, Vector sum) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
+  template <int kRows, int kVectors>
+  static FASTCONV_INLINE void prefetch(const TileCall<Pair>&) {}
+  template <int kRows, int kVectors>
+  static FASTCONV_INLINE void finish(const TileCall<Pair>& call, Vector (&sums)[kRows][kVectors]) {
+    finish_pairs(call.finish, sums);
+  }
 };
+
+/// The tile of a call, which finishes or leaves sums.
+template <Rows kOrder>
+TileFunction<Pair> pair_tile(bool finishes, int64_t rows, int64_t columns) {
+  return finishes ? kFinishingTiles<Pair, kOrder>.at(rows, columns) : kTiles<Pair, kOrder>.at(rows, columns);
+}
 
 inline constexpr int64_t kPairColumns = kTileColumns<Pair>;
 inline constexpr int64_t kNumberBytes = sizeof(BFloat16), kPairBytes = sizeof(Pair), kSumBytes = sizeof(float);

@@ -103,10 +103,9 @@ inline void convolve_pairs_strip(const GemmConv& p, const PairChannelsPlan& plan
         if (plan.depth_block < plan.depth)
           call.out += ((panel - panel_begin) * plan.strip_pixels + pixel) * kPairColumns;
         const bool last = end == plan.depth, finishes = last && finishes_in_registers(p);
-        const PairFinish finish = pair_finish(p, group * p.m + m, group * p.m + m, false, lanes_between(0, columns),
-                                              scratch.y_offsets + pixel);
-        call.finish = finishes ? &finish : nullptr;
-        kTiles<Pair, Rows::depth_contiguous>.at(live, columns)(call);
+        call.finish = pair_finish(p, group * p.m + m, group * p.m + m, false, lanes_between(0, columns),
+                                  scratch.y_offsets + pixel);
+        pair_tile<Rows::depth_contiguous>(finishes, live, columns)(call);
         if (last && !finishes)
           store_channel_tile<BFloat16>(p, scratch.y_offsets + pixel, call.out, kPairColumns, group * p.m + m, live,
                                        columns);

@@ -69,13 +69,11 @@ inline void convolve_pairs_tile(const GemmConv& p, const PairPixelsPlan& plan, T
     const PanelPixels<float>& pixels = scratch.pixels[panel];
     call.b = scratch.strip + panel * plan.panel_pairs(p);
     call.out = sums + (plan.blocks == 1 ? 0 : panel * kTileRows * kPairColumns);
-    const auto function = plan.weights_in_place ? kTiles<Pair, Rows::depth_contiguous>.at(rows, pixels.count)
-                                                : kTiles<Pair, Rows::row_contiguous>.at(rows, pixels.count);
     const bool finishes = last && pixels.y_contiguous && finishes_in_registers(p);
-    const PairFinish finish = pair_finish(p, channel, channel * p.y_strides.c + pixels.runs[0].y_offset, true,
-                                          lanes_between(0, pixels.count), row_offsets);
-    call.finish = finishes ? &finish : nullptr;
-    function(call);
+    call.finish = pair_finish(p, channel, channel * p.y_strides.c + pixels.runs[0].y_offset, true,
+                              lanes_between(0, pixels.count), row_offsets);
+    const auto function = plan.weights_in_place ? &pair_tile<Rows::depth_contiguous> : &pair_tile<Rows::row_contiguous>;
+    function(finishes, rows, pixels.count)(call);
     if (!last || finishes) continue;
     if (pixels.y_contiguous) store_run<BFloat16>(p, call.out, pixels.runs[0].y_offset, channel, rows, pixels.count);
     else store_pixel_tile<BFloat16>(p, pixels, call.out, channel, rows);

@@ -134,6 +134,21 @@ inline void pack_pair_panel(const GemmConv& p, const PairTaps& taps, int64_t gro
       store_pairs(target, load(d), d + 1 < end ? load(d + 1) : _mm512_setzero_si512());
     return;
   }
+  if (p.weight_c_stride != 1) {  // of NCHW, beside images in NHWC
+    BFloat16 numbers[kPairColumns][kNumbers];
+    for (int64_t d = begin; d < end; d += kNumbers, target += kNumbers / 2 * kPairColumns) {
+      const int64_t count = min_of(end - d, kNumbers);
+      for (int64_t i = 0; i < count; ++i) {
+        const BFloat16* source =
+            weight + taps.at((d + i) / p.c).weight_offset_elems + (d + i) % p.c * p.weight_c_stride;
+        for (int64_t lane = 0; lane < live; ++lane) numbers[lane][i] = source[lane * p.weight_m_stride];
+      }
+      for (int64_t lane = 0; lane < live; lane += kPairColumns / 2)
+        transpose_pairs(numbers[lane], kNumbers, min_of(live - lane, kPairColumns / 2), count, target + lane,
+                        kPairColumns);
+    }
+    return;
+  }
   // A forward pass: the depth lies side by side, all of it.
   for (int64_t d = begin; d < end; d += kNumbers, target += kNumbers / 2 * kPairColumns)
     for (int64_t lane = 0; lane < live; lane += kPairColumns / 2)

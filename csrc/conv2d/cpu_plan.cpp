@@ -9,6 +9,7 @@ namespace {
 /// weights. As such it has one tap; as a convolution its input gradient would multiply every tap but one by padding.
 ConvProblem as_dense_layer(ConvProblem p) {
   const bool whole = p.p() == 1 && p.q() == 1 && p.h == p.r && p.w == p.s && p.padding.top == 0 && p.padding.left == 0;
+  if (p.weight_is_nchw && p.layout == Layout::nhwc && p.r * p.s > 1) return p;
   if (!whole || p.stride.h != 1 || p.stride.w != 1 || (p.groups > 1 && p.layout == Layout::nhwc)) return p;
   p.c *= p.r * p.s;
   p.h = p.w = p.r = p.s = 1;

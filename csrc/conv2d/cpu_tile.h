@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common/simd/simd.h"
+#include "conv2d/gemm_conv.h"
 
 namespace fastconv {
 namespace {
@@ -36,6 +37,17 @@ enum class Rows { depth_contiguous, row_contiguous, offsets };
 /// Where the columns of step d of b lie, side by side: at b[d * kTileColumns] or at b[b_offsets[d]].
 enum class Columns { panel, offsets };
 
+/// What becomes of the sums while they are in registers: activation(scale * sum + shift + residual). No tanh, which is
+/// not for registers. `scale` and `shift`, or null, begin at the tile's first column; so does `residual`, in rows as
+/// far apart as those of `out`.
+template <class Acc>
+struct TileFinish {
+  const Acc* scale;
+  const Acc* shift;
+  const Acc* residual;
+  Activation activation;
+};
+
 /// All distances are in elements; nothing needs to be aligned.
 template <class Element>
 struct TileCall {
@@ -49,21 +61,11 @@ struct TileCall {
   acc_t<Element>* out;
   int64_t out_stride;
   bool accumulate;
-  const void* finish;  // where TileStep finishes: how, or null for sums
+  TileFinish<Element> finish;  // of tiles that finish
 };
 
 template <class Element>
 using TileFunction = void (*)(const TileCall<Element>&);
-
-/// What a step of depth does with an element of a and a vector of b, and whether finished sums may leave the registers
-/// as outputs (TileCall's `finish`): elements of other types have their own.
-template <class Element>
-struct TileStep {
-  static constexpr bool kFinishes = false;
-  using Vector = simd::Vec<Element>;
-  static FASTCONV_INLINE Vector broadcast(Element value) { return simd::broadcast(value); }
-  static FASTCONV_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return simd::fma<Element>(a, b, sum); }
-};
 
 /// The elements of a that one step of depth needs. Twelve rows have more addresses than x86 has registers, so each
 /// order says which of them are worth one: what the compiler spills on its own goes through the FMA ports (vmovq).
@@ -126,16 +128,74 @@ struct RowElements<Element, kRows, Rows::offsets> {
   FASTCONV_INLINE void advance() {}
 };
 
-template <class Element, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder>
+/// What is different where elements are not numbers of the sums' type: the products of a step of depth, and how sums
+/// finish.
+template <class Element>
+struct TileStep {
+  using Vector = simd::Vec<Element>;
+  static constexpr bool kStoresFinished = false;  // they are stored as sums are
+  static FASTCONV_INLINE Vector broadcast(Element value) { return simd::broadcast(value); }
+  static FASTCONV_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return simd::fma<Element>(a, b, sum); }
+
+  /// The residual comes from as far away as the sums take to be ready.
+  template <int kRows, int kVectors>
+  static FASTCONV_INLINE void prefetch(const TileCall<Element>& call) {
+    if (!call.finish.residual) return;
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        __builtin_prefetch(call.finish.residual + row * call.out_stride + v * simd::kLanes<Element>);
+  }
+
+  template <int kRows, int kVectors>
+  static FASTCONV_INLINE void finish(const TileCall<Element>& call, Vector (&sums)[kRows][kVectors]) {
+    constexpr int kLane = simd::kLanes<Element>;
+    const TileFinish<Element>& how = call.finish;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (how.scale) {
+        const Vector scale = simd::load(how.scale + v * kLane);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) sums[row][v] = sums[row][v] * scale;
+      }
+      if (how.shift) {
+        const Vector shift = simd::load(how.shift + v * kLane);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) sums[row][v] = sums[row][v] + shift;
+      }
+    }
+    if (how.residual) {
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          sums[row][v] = sums[row][v] + simd::load(how.residual + row * call.out_stride + v * kLane);
+    }
+    if (how.activation == Activation::none) return;
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<Element>(sums[row][v], Activation::relu);
+    if (how.activation != Activation::relu6) return;
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<Element>(sums[row][v], Activation::relu6);
+  }
+};
+
+template <class Element, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder, bool kFinish>
 __attribute__((noinline)) void multiply_tile(const TileCall<Element>& call) {
   using Acc = acc_t<Element>;
-  using V = simd::Vec<Acc>;
   using Step = TileStep<Element>;
+  using V = simd::Vec<Acc>;
   constexpr int kLane = simd::kLanes<Acc>;
   const int64_t depth = call.depth;
   const int64_t* b_offsets = call.b_offsets;
   const Element* b = call.b;
   RowElements<Element, kRows, kOrder> a(call);
+  if constexpr (kFinish) Step::template prefetch<kRows, kVectors>(call);
   V sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
@@ -162,8 +222,10 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Element>& call) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[row][v] += simd::load(call.out + row * call.out_stride + v * kLane);
   }
-  if constexpr (Step::kFinishes)
-    if (call.finish) return Step::template finish<kRows, kVectors>(call.finish, sums);
+  if constexpr (kFinish) {
+    Step::finish(call, sums);
+    if constexpr (Step::kStoresFinished) return;
+  }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
@@ -171,7 +233,7 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Element>& call) {
 }
 
 /// Tiles for 1..kTileRows rows and 1..kTileVectors vectors: edges do not pay for a full tile.
-template <class Element, Rows kOrder, Columns kColumnOrder>
+template <class Element, Rows kOrder, Columns kColumnOrder, bool kFinish>
 struct TileTable {
   TileFunction<Element> functions[kTileRows + 1][kTileVectors + 1] = {};
 
@@ -188,13 +250,17 @@ struct TileTable {
   }
   template <int kRows, int kVectors>
   constexpr void fill_vectors() {
-    functions[kRows][kVectors] = &multiply_tile<Element, kRows, kVectors, kOrder, kColumnOrder>;
+    functions[kRows][kVectors] = &multiply_tile<Element, kRows, kVectors, kOrder, kColumnOrder, kFinish>;
     if constexpr (kVectors < kTileVectors) fill_vectors<kRows, kVectors + 1>();
   }
 };
 
 template <class Element, Rows kOrder, Columns kColumnOrder = Columns::panel>
-inline constexpr TileTable<Element, kOrder, kColumnOrder> kTiles{};
+inline constexpr TileTable<Element, kOrder, kColumnOrder, false> kTiles{};
+
+/// Tiles that finish their sums.
+template <class Element, Rows kOrder>
+inline constexpr TileTable<Element, kOrder, Columns::panel, true> kFinishingTiles{};
 
 /// Rows cut into ceil(count / kTileRows) tiles of nearly equal height: 32 rows as 6+6+5+5+5+5, because a tile of two
 /// rows has too few independent sums to hide the latency of an FMA and would run at half speed.

@@ -94,5 +94,23 @@ void transpose_rows(const T* source, int64_t source_stride, int64_t lanes, int64
   }
 }
 
+/// target[i * target_stride + lane] = source[lane * source_stride + i] for `lanes` lanes and `length` i's, kLanes at
+/// most, zero in the other lanes. Writes kLanes i's, and reads as many if `readable`.
+template <class T>
+FASTCONV_INLINE void transpose_part(const T* source, int64_t source_stride, int64_t lanes, int64_t length,
+                                    bool readable, acc_t<T>* target, int64_t target_stride) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  if constexpr (sizeof(T) == sizeof(Acc))
+    if (lanes == kLane && readable) return transpose_square<Acc>(source, source_stride, target, target_stride);
+  alignas(64) Acc square[kLane * kLane];
+  for (int64_t lane = 0; lane < kLane; ++lane) {
+    const T* row = source + lane * source_stride;
+    const auto value = lane >= lanes ? simd::zero<Acc>() : readable ? simd::load(row) : simd::load_first(row, length);
+    simd::store<Acc>(square + lane * kLane, value);
+  }
+  transpose_square<Acc>(square, kLane, target, target_stride);
+}
+
 }  // namespace
 }  // namespace fastconv

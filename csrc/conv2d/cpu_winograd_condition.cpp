@@ -5,6 +5,7 @@ namespace {
 
 /// Measured: an output's error is at most 1e-5 of the root mean square of what its tile reads, weighted as follows. The
 /// transforms multiply pixels in the middle of a tile, and subtract the multiples again.
+constexpr int64_t kOutputs = 4;
 constexpr double kLargest = 2, kWeights[6] = {0.25, 0.6, 2.15, 2.15, 0.6, 0.25};
 
 /// Sums of squares of the pixels of one image.
@@ -16,7 +17,7 @@ class Image {
   }
 
   /// The largest of a pixel if every tile meets the condition, else NaN.
-  double judge() const {
+  double judge(WinogradForm form) const {
     double sum = 0, largest = 0;
     for (int64_t pixel = 0; pixel < p_.h * p_.w; ++pixel) {
       sum += energies_[pixel];
@@ -25,8 +26,9 @@ class Image {
     // Squares of smaller numbers than about 1e-15 lose digits. A NaN fails every comparison.
     const double mean = sum <= std::numeric_limits<float>::max() ? level(sum / static_cast<double>(p_.h * p_.w)) : 0;
     bool meets = mean > 1e-30;
-    for (int64_t i = 0; i < p_.i && meets; i += kWinogradOutputs)
-      for (int64_t j = 0; j < p_.j && meets; j += kWinogradOutputs) meets = tile_meets(i, j, mean);
+    if (form == WinogradForm::f2) return meets ? largest : std::numeric_limits<double>::quiet_NaN();
+    for (int64_t i = 0; i < p_.i && meets; i += kOutputs)
+      for (int64_t j = 0; j < p_.j && meets; j += kOutputs) meets = tile_meets(i, j, mean);
     return meets ? largest : std::numeric_limits<double>::quiet_NaN();
   }
 
@@ -66,8 +68,8 @@ class Image {
 
   double least_window_mean(int64_t i, int64_t j) const {
     double least = std::numeric_limits<double>::max();
-    for (int64_t row = i; row < min_of(i + kWinogradOutputs, p_.i); ++row)
-      for (int64_t column = j; column < min_of(j + kWinogradOutputs, p_.j); ++column) {
+    for (int64_t row = i; row < min_of(i + kOutputs, p_.i); ++row)
+      for (int64_t column = j; column < min_of(j + kOutputs, p_.j); ++column) {
         double sum = 0;
         for (int64_t h = max_of(row + dh_, 0); h < min_of(row + dh_ + 3, p_.h); ++h)
           for (int64_t w = max_of(column + dw_, 0); w < min_of(column + dw_ + 3, p_.w); ++w)
@@ -84,14 +86,15 @@ class Image {
 
 }  // namespace
 
-std::vector<double> winograd_energies(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype) {
+std::vector<double> winograd_energies(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype,
+                                      WinogradForm form) {
   const int64_t plane = p.h * p.w;
   const Scratch energies(p.n * plane * static_cast<int64_t>(sizeof(float)));
   kernels.pixel_energies(p, layout, dtype, energies.as<float>());
   std::vector<double> found(static_cast<std::size_t>(p.n));
   parallel_for(0, p.n, ceil_div(8192, plane), [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image)
-      found[static_cast<std::size_t>(image)] = Image(p, energies.as<float>() + image * plane).judge();
+      found[static_cast<std::size_t>(image)] = Image(p, energies.as<float>() + image * plane).judge(form);
   });
   return found;
 }

@@ -14,17 +14,19 @@ namespace fastconv {
 /// A product as Winograd computes it, with its transformed filters: its own, or those that conv2d_pack made.
 class WinogradProduct {
  public:
-  WinogradProduct(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype, const float* packed)
+  WinogradProduct(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype, WinogradForm form,
+                  const float* kept)
       : kernels_(kernels),
         layout_(layout),
         dtype_(dtype),
-        elems_(kernels.winograd_filter_elems(p, layout)),
-        own_(packed ? 0 : elems_ * static_cast<int64_t>(sizeof(float))),
-        filters_(packed ? packed : own_.as<float>()) {
-    if (!packed) kernels.winograd_filters(p, layout, dtype, own_.as<float>());
+        form_(form),
+        elems_(kernels.winograd_filter_elems(p, form_)),
+        own_(kept ? 0 : elems_ * static_cast<int64_t>(sizeof(float))),
+        filters_(kept ? kept : own_.as<float>()) {
+    if (!kept) kernels.winograd_filters(p, dtype, form_, own_.as<float>());
   }
 
-  void run(const GemmConv& p) const { kernels_.winograd(p, layout_, dtype_, filters_); }
+  void run(const GemmConv& p) const { kernels_.winograd(p, layout_, dtype_, form_, filters_); }
 
   /// False if a number on the way could be infinite, for pixels of at most this sum of squares.
   bool stays_finite(const GemmConv& p, double largest_energy) const {
@@ -38,14 +40,16 @@ class WinogradProduct {
   const Conv2dKernels& kernels_;
   Layout layout_;
   DType dtype_;
+  WinogradForm form_;
   int64_t elems_;
   Scratch own_;
   const float* filters_;
 };
 
 /// For each image, from it alone: the largest sum of squares of a pixel, or NaN if the image does not meet the
-/// condition on inputs.
-std::vector<double> winograd_energies(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype);
+/// condition on inputs. F(2x2) wants finite ones, and no more: its errors reach only outputs that read their cause.
+std::vector<double> winograd_energies(const Conv2dKernels& kernels, const GemmConv& p, Layout layout, DType dtype,
+                                      WinogradForm form);
 
 /// The part of a product that belongs to images [begin, end).
 inline GemmConv images_of(GemmConv p, int64_t begin, int64_t end, DType dtype) {

@@ -61,20 +61,25 @@ struct GemmWeightGrad {
   void* grad_weight;
 };
 
-inline constexpr int64_t kWinogradOutputs = 4;  // rows and columns of a tile
+/// The forms of Winograd, by the rows and columns of a tile of outputs.
+enum class WinogradForm : int64_t { f2 = 2, f4 = 4 };
 
 /// What one instruction set offers for this family. Sums are kept in acc_t of the dtype.
 struct Conv2dKernels {
   void (*naive)(const GemmConv&, DType);
   void (*naive_weight_grad)(const GemmWeightGrad&, DType);
-  /// Products of one call that differ in their taps and output grids alone.
-  void (*tiled)(const GemmConv*, int64_t count, Layout, DType);
+  /// Products of one call that differ in their taps and output grids alone. `panels`, for a single one in Layout::nhwc:
+  /// what tiled_panels made of the weight, or null.
+  void (*tiled)(const GemmConv*, int64_t count, Layout, DType, const void* panels);
+  /// The weight as `tiled` reads it in Layout::nhwc, in the type of the sums, whatever the image.
+  void (*tiled_panels)(const GemmConv&, DType, void* panels);
+  int64_t (*tiled_panel_elems)(const GemmConv&, DType);
   void (*rows)(const GemmConv&, DType);  // Layout::nchw only
   /// One group, taps within 3x3, step 1; no float64. `filters` as winograd_filters made them.
-  void (*winograd)(const GemmConv&, Layout, DType, const float* filters);
+  void (*winograd)(const GemmConv&, Layout, DType, WinogradForm, const float* filters);
   /// Transforms the weights; filters[winograd_filter_elems - 1] is their largest magnitude, infinite or NaN if one is.
-  void (*winograd_filters)(const GemmConv&, Layout, DType, float* filters);
-  int64_t (*winograd_filter_elems)(const GemmConv&, Layout);
+  void (*winograd_filters)(const GemmConv&, DType, WinogradForm, float* filters);
+  int64_t (*winograd_filter_elems)(const GemmConv&, WinogradForm);
   /// energies[image][pixel] of x: the sum of squares over the channels. One group, no float64.
   void (*pixel_energies)(const GemmConv&, Layout, DType, float* energies);
   void (*tiled_weight_grad)(const GemmWeightGrad&, DType);

@@ -4,7 +4,7 @@
 //   select(problem, pass, algo)                          the kernel, by its device's enumeration
 //   forward(kernel, problem, x, weight, fused, y)        and input_grad, weight_grad, bias_grad
 //   kPacks                                               true if it has select_packed(problem), for forward with
-//                                                        fused.packed, and pack(problem, weight), which makes that
+//                                                        fused.packed, and pack(problem, weight, algo), which makes it
 //
 // All tensors that it gets are dense in the problem's layout, on one device, and none of them is empty.
 #pragma once
@@ -94,19 +94,9 @@ struct Conv2dOps {
     dtype_of(op, *values);
   }
 
-  static void check_output(const char* op, const Tensor& output, const Tensor& input, const ConvProblem& p) {
-    require_rank(op, "output", output, 4);
-    require_same_device(op, input, "output", output);
-    require_same_dtype(op, input, "output", output);
-    require_shape(op, "output", output, {p.n, p.k, p.p(), p.q()});
-    require(is_dense(output, p.layout), op, ": output is not dense in the result's memory format, ",
-            p.layout == Layout::nhwc ? "channels_last" : "contiguous");
-  }
-
   static Tensor convolve(const char* op, const Tensor& input, const Tensor& weight, ConvProblem p,
                          Activation activation, const MaybeTensor& scale, const MaybeTensor& shift,
-                         const MaybeTensor& residual, std::string_view algo, const MaybeTensor& into = std::nullopt,
-                         const MaybeTensor& packed = std::nullopt) {
+                         const MaybeTensor& residual, std::string_view algo, const MaybeTensor& packed = std::nullopt) {
     set_operands(op, p, "input", input, "weight", weight);
     set_weight(op, p, weight.size(0), weight.size(2), weight.size(3));
     set_input(op, p, input.size(0), input.size(1), input.size(2), input.size(3));
@@ -123,8 +113,7 @@ struct Conv2dOps {
       fused.residual = dense(*residual, p.layout);
     }
     const Tensor x = dense(input, p.layout), w = dense(weight, p.layout);
-    if (into) check_output(op, *into, input, p);
-    Tensor output = into ? *into : empty_output(input, p.n, p.k, p.p(), p.q(), p.layout);
+    Tensor output = empty_output(input, p.n, p.k, p.p(), p.q(), p.layout);
     const auto kernel = select_forward(p, algo, packed);
     if (output.numel() != 0) Device::forward(kernel, p, x, w, fused, output);
     return output;
@@ -137,16 +126,18 @@ struct Conv2dOps {
   }
 
   /// The weight in the form that kernels for frozen weights read, for conv2d_fused.eager.
-  static Tensor pack(const Tensor& weight, IntList geometry, int64_t groups, bool channels_last) {
+  static Tensor pack(const Tensor& weight, IntList geometry, int64_t groups, bool channels_last, std::string algo,
+                     int64_t tile) {
     const char* op = "conv2d_pack";
     const Geometry g(weight, weight, geometry);
+    require(tile == 2 || tile == 4, op, ": tile is ", tile, ", expected 2 or 4 (rows of outputs)");
     ConvProblem p = conv_problem(op, g.stride, g.padding, g.dilation, groups);
     require_rank(op, "weight", weight, 4);
     p.dtype = dtype_of(op, weight);
     p.layout = channels_last ? Layout::nhwc : Layout::nchw;
     p.c = weight.size(1) * groups;
     set_weight(op, p, weight.size(0), weight.size(2), weight.size(3));
-    return Device::pack(p, dense(weight, p.layout));
+    return Device::pack(p, dense(weight, p.layout), algo, static_cast<WinogradForm>(tile));
   }
 
   static Tensor conv2d(const Tensor& input, const Tensor& weight, MaybeTensor bias, IntList stride, IntList padding,
@@ -165,35 +156,27 @@ struct Conv2dOps {
   static Tensor conv2d_fused(const Tensor& input, const Tensor& weight, MaybeTensor scale, MaybeTensor shift,
                              MaybeTensor residual, IntList stride, IntList padding, IntList dilation, int64_t groups,
                              int64_t activation, Algo algo) {
-    return fused_into(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation, name(algo),
-                      std::nullopt, std::nullopt);
+    return fused(input, weight, scale, shift, residual, stride, padding, dilation, groups, activation, name(algo),
+                 std::nullopt);
   }
 
-  static Tensor fused_into(const Tensor& input, const Tensor& weight, const MaybeTensor& scale,
-                           const MaybeTensor& shift, const MaybeTensor& residual, const IntList& stride,
-                           const IntList& padding, const IntList& dilation, int64_t groups, int64_t activation,
-                           std::string_view algo, const MaybeTensor& into, const MaybeTensor& packed) {
+  static Tensor fused(const Tensor& input, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift,
+                      const MaybeTensor& residual, const IntList& stride, const IntList& padding,
+                      const IntList& dilation, int64_t groups, int64_t activation, std::string_view algo,
+                      const MaybeTensor& packed) {
     const ConvProblem p = conv_problem("conv2d_fused", stride, padding, dilation, groups);
     require(activation >= 0 && activation <= static_cast<int64_t>(Activation::tanh), "conv2d_fused: activation is ",
             activation, ", expected 0 (none), 1 (relu), 2 (relu6) or 3 (tanh)");
     return convolve("conv2d_fused", input, weight, p, static_cast<Activation>(activation), scale, shift, residual, algo,
-                    into, packed);
+                    packed);
   }
 
   static Tensor conv2d_fused_eager(const Tensor& input, const Tensor& weight, MaybeTensor scale, MaybeTensor shift,
                                    MaybeTensor residual, IntList geometry, int64_t groups, int64_t activation,
                                    MaybeTensor packed) {
     const Geometry g(input, weight, geometry);
-    return fused_into(input, weight, scale, shift, residual, g.stride, g.padding, g.dilation, groups, activation, "",
-                      std::nullopt, packed);
-  }
-
-  static Tensor conv2d_fused_eager_into(const Tensor& input, const Tensor& weight, MaybeTensor scale, MaybeTensor shift,
-                                        MaybeTensor residual, IntList geometry, int64_t groups, int64_t activation,
-                                        Tensor output, MaybeTensor packed) {
-    const Geometry g(input, weight, geometry);
-    return fused_into(input, weight, scale, shift, residual, g.stride, g.padding, g.dilation, groups, activation, "",
-                      output, packed);
+    return fused(input, weight, scale, shift, residual, g.stride, g.padding, g.dilation, groups, activation, "",
+                 packed);
   }
 
   static Tensor input_grad(const Tensor& grad_output, const Tensor& weight, IntList input_size, IntList stride,
@@ -251,7 +234,6 @@ struct Conv2dOps {
     m.impl("conv2d.eager", TORCH_BOX(&Conv2dOps::conv2d_eager));
     m.impl("conv2d_fused", TORCH_BOX(&Conv2dOps::conv2d_fused));
     m.impl("conv2d_fused.eager", TORCH_BOX(&Conv2dOps::conv2d_fused_eager));
-    m.impl("conv2d_fused.eager_into", TORCH_BOX(&Conv2dOps::conv2d_fused_eager_into));
     if constexpr (Device::kPacks) m.impl("conv2d_pack", TORCH_BOX(&Conv2dOps::pack));
     m.impl("conv2d_input_grad", TORCH_BOX(&Conv2dOps::input_grad));
     m.impl("conv2d_weight_grad", TORCH_BOX(&Conv2dOps::weight_grad));

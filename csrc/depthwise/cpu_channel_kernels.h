@@ -4,6 +4,7 @@
 // which padding points at zeros: borders cost nothing and need no code.
 #pragma once
 
+#include "conv2d/cpu_transpose.h"
 #include "depthwise/cpu_pass.h"
 
 namespace fastconv {
@@ -65,8 +66,17 @@ FASTCONV_INLINE void put_columns(const ChannelTile<X, Y>& tile, int64_t c, int64
 #pragma GCC unroll 8
     for (int j = 0; j < kTileColumns; ++j) sums[j] = sums[j] + shift;
   }
-  const bool plain = tile.residual == nullptr && tile.activation == Activation::none;
-  if (plain && tile.columns == kTileColumns) [[likely]] {
+  // What MobileNets have, in registers; the rest one by one.
+  const bool whole = tile.columns == kTileColumns && tile.residual == nullptr && tile.activation != Activation::tanh;
+  if (whole) [[likely]] {
+    if (tile.activation != Activation::none) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileColumns; ++j) sums[j] = simd::activate<Acc>(sums[j], Activation::relu);
+    }
+    if (tile.activation == Activation::relu6) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileColumns; ++j) sums[j] = simd::activate<Acc>(sums[j], Activation::relu6);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < kTileColumns; ++j) store_channels<kNarrow>(tile.y + j * tile.y_column + c, sums[j], live);
     return;
@@ -186,12 +196,28 @@ void point_at_window(const ChannelImage<X>& image, const X* zeros, int64_t row, 
   }
 }
 
-/// Weights (K, R * S) as (R * S, K), so that channels are side by side.
+/// Rows that pack_tap_major may write: whole squares.
+template <class Acc>
+FASTCONV_INLINE int64_t tap_major_rows(int64_t taps) {
+  return round_up(taps, simd::kLanes<Acc>);
+}
+
+/// Weights (K, R * S) as (R * S, K), so that channels are side by side. Squares are transposed in registers; what they
+/// hold of the next channel's taps falls into rows that nobody reads.
 template <class T>
 void pack_tap_major(const T* weight, int64_t channels, int64_t taps, acc_t<T>* packed) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kLane = simd::kLanes<Acc>;
+  const int64_t rows = tap_major_rows<Acc>(taps), readable = channels - ceil_div(rows - taps, taps);
   parallel_for(0, channels, ceil_div(16384, taps), [&](int64_t begin, int64_t end) {
-    for (int64_t t = 0; t < taps; ++t)
-      for (int64_t k = begin; k < end; ++k) packed[t * channels + k] = simd::widen(weight[k * taps + t]);
+    int64_t k = begin;
+    if constexpr (sizeof(T) == sizeof(Acc)) {
+      for (; k + kLane <= min_of(end, readable); k += kLane)
+        for (int64_t t = 0; t < rows; t += kLane)
+          transpose_square<Acc>(weight + k * taps + t, taps, packed + t * channels + k, channels);
+    }
+    for (; k < end; ++k)
+      for (int64_t t = 0; t < taps; ++t) packed[t * channels + k] = simd::widen(weight[k * taps + t]);
   });
 }
 

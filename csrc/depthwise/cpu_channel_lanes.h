@@ -100,7 +100,7 @@ void sum_repeated_channels(const acc_t<T>* source, int64_t count, int64_t times,
 
 struct ChannelLanesPlan {
   int64_t block, blocks;             // of filters
-  int64_t rows_per_task, row_tasks;  // of the grid
+  int64_t rows_per_task, row_tasks;  // of the grid: at most that many rows, spread evenly
   int64_t table_elements;
   int64_t repeated_elements;  // of x or y, for a channel multiplier
 
@@ -112,8 +112,12 @@ struct ChannelLanesPlan {
     block = round_up(ceil_div(pass.filters, blocks), lanes);
     blocks = ceil_div(pass.filters, block);
     const int64_t row_work = pass.grid.w * pass.x_planes * pass.kernel.h * pass.kernel.w * block;
-    rows_per_task = min_of(pass.grid.h, max_of(1, kTaskWork / max_of(row_work, 1)));
-    row_tasks = ceil_div(pass.grid.h, rows_per_task);
+    row_tasks = ceil_div(pass.grid.h, max_of(1, kTaskWork / max_of(row_work, 1)));
+    // Shares of the threads are equal, as nearly as rows can be.
+    const int64_t others = pass.n * blocks, threads = thread_count();
+    while (row_tasks < pass.grid.h && others * row_tasks % threads != 0 && others * row_tasks < 16 * threads)
+      ++row_tasks;
+    rows_per_task = ceil_div(pass.grid.h, row_tasks);
     const AxisReach& rows = pass.row_reach;
     const int64_t x_rows = (rows_per_task - 1) * pass.step.h + rows.last - rows.first + 1;
     const int64_t y_rows = rows_per_task * pass.phases.h;
@@ -131,8 +135,8 @@ void run_channel_task(const DepthwisePass& pass, const ChannelLanesPlan& plan, c
   const Size2 x_size = pass.x_size, y_size = pass.y_size;
   const int64_t multiplier = pass.filters / pass.channels, n = task / plan.row_tasks / plan.blocks;
   ChannelPart part{};
-  part.begin = task % plan.row_tasks * plan.rows_per_task;
-  part.end = min_of(pass.grid.h, part.begin + plan.rows_per_task);
+  part.begin = task % plan.row_tasks * pass.grid.h / plan.row_tasks;
+  part.end = (task % plan.row_tasks + 1) * pass.grid.h / plan.row_tasks;
   part.c_begin = task / plan.row_tasks % plan.blocks * plan.block;
   part.c_end = min_of(pass.filters, part.c_begin + plan.block);
   // A last block of less than a vector reaches back over its neighbour, if there is one.
@@ -166,7 +170,7 @@ void convolve_channel_lanes(const DepthwisePass& pass) {
   constexpr int64_t kBytes = sizeof(Acc), kPointerBytes = sizeof(void*);
   const ChannelLanesPlan plan(pass, simd::kLanes<Acc>, sizeof(T));
   const int64_t taps = pass.kernel.h * pass.kernel.w, filters = pass.filters;
-  Scratch packed(taps * filters * kBytes);
+  Scratch packed(tap_major_rows<Acc>(taps) * filters * kBytes);
   pack_tap_major(static_cast<const T*>(pass.weight), filters, taps, packed.as<Acc>());
   parallel_for(0, pass.n * plan.blocks * plan.row_tasks, 1, [&](int64_t begin, int64_t end) {
     Scratch table(plan.table_elements * kPointerBytes), zeros(filters * kBytes);

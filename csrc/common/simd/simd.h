@@ -140,6 +140,31 @@ FASTCONV_INLINE Vec<T> min_propagate_nan(Vec<T> a, Vec<T> b) {
   return (a < b) | (a != a) ? a : b;
 }
 
+/// max and min with a bound that is no NaN; x may be one and stays it. x86 has just that: of a pair with a NaN its
+/// instructions give the second.
+template <class T>
+FASTCONV_INLINE Vec<T> at_least(Vec<T> x, Vec<T> bound) {
+#if defined(FASTCONV_SIMD_AVX512)
+  if constexpr (__is_same(T, float)) return (Vec<T>)_mm512_max_ps((__m512)bound, (__m512)x);
+  if constexpr (__is_same(T, double)) return (Vec<T>)_mm512_max_pd((__m512d)bound, (__m512d)x);
+#elif defined(FASTCONV_SIMD_AVX2)
+  if constexpr (__is_same(T, float)) return (Vec<T>)_mm256_max_ps((__m256)bound, (__m256)x);
+  if constexpr (__is_same(T, double)) return (Vec<T>)_mm256_max_pd((__m256d)bound, (__m256d)x);
+#endif
+  return bound > x ? bound : x;
+}
+template <class T>
+FASTCONV_INLINE Vec<T> at_most(Vec<T> x, Vec<T> bound) {
+#if defined(FASTCONV_SIMD_AVX512)
+  if constexpr (__is_same(T, float)) return (Vec<T>)_mm512_min_ps((__m512)bound, (__m512)x);
+  if constexpr (__is_same(T, double)) return (Vec<T>)_mm512_min_pd((__m512d)bound, (__m512d)x);
+#elif defined(FASTCONV_SIMD_AVX2)
+  if constexpr (__is_same(T, float)) return (Vec<T>)_mm256_min_ps((__m256)bound, (__m256)x);
+  if constexpr (__is_same(T, double)) return (Vec<T>)_mm256_min_pd((__m256d)bound, (__m256d)x);
+#endif
+  return bound < x ? bound : x;
+}
+
 // ---------------------------------------------------------------- loads and stores, widening to the accumulator type
 
 /// One vector of acc_t<T> from kLanes consecutive elements of storage type T; no alignment asked.
@@ -287,9 +312,9 @@ FASTCONV_INLINE Vec<T> activate(Vec<T> x, Activation activation) {
     case Activation::none:
       break;
     case Activation::relu:
-      return max_propagate_nan<T>(x, zero<T>());
+      return at_least<T>(x, zero<T>());
     case Activation::relu6:
-      return min_propagate_nan<T>(max_propagate_nan<T>(x, zero<T>()), broadcast<T>(T(6)));
+      return at_most<T>(at_least<T>(x, zero<T>()), broadcast<T>(T(6)));
     case Activation::tanh:
       for (int i = 0; i < kLanes<T>; ++i) x[i] = std::tanh(x[i]);
       return x;
