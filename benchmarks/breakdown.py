@@ -9,7 +9,6 @@ between the layers: Python, allocation. Peers' profiling costs them a little as 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 import statistics
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 import fastconv
 from benchmarks import fma_peak, networks, peers, report
 from benchmarks.layers import Conv
-from fastconv.fused import FusedConv2d
+from fastconv._network_plan import ADAPTIVE_AVERAGE_POOL, AVERAGE_POOL, CONVOLVE, MAX_POOL, NUMBERS, STEP
 
 ROUNDS = 15
 Times = dict[str, float]  # milliseconds of one pass, by kind
@@ -52,36 +51,30 @@ def kinds_of(model: nn.Module, x: Tensor) -> tuple[list[str], Times]:
 
 
 def ours(model: nn.Module, x: Tensor) -> Times:
-    """Of layers timed one by one, and of the whole pass without clocks in between, the two in turns."""
-    fused = fastconv.fuse(model)
-    samples: dict[str, list[float]] = defaultdict(list)
-    entered: list[float] = []
-    order: list[str] = []
-
-    def before(*_: Any) -> None:
-        entered.append(time.perf_counter())
-
-    def after(layer: nn.Module, inputs: Any, _: Any) -> None:
-        taken = time.perf_counter() - entered.pop()
-        order.append(f"{_kind(layer, inputs[0])}#{len(order)}")
-        samples[order[-1]].append(taken)
-
-    watched = copy.deepcopy(fused)
-    for layer in watched.modules():
-        if not layer._modules:
-            layer.register_forward_pre_hook(before)
-            layer.register_forward_hook(after)
+    """Of the steps of the fused network's program, each as a program of its own, and of the whole pass, in turns."""
+    fused: Any = fastconv.fuse(model)
     fused(x)
+    (network,) = fused.__dict__["_networks"].found.values()
+    (run,) = network.runs
+    (plan,) = run.plans.values()
+    steps = plan.program[1:].view(-1, STEP)
+    programs = [torch.cat([plan.program[:1], step]) for step in steps]
+    kinds = [_kind(step) for step in steps.tolist()]
+    tensors = [x, *(torch.empty_strided(shape, stride) for shape, stride, _ in plan.outputs)]
+    workspace = torch.empty(plan.workspace, dtype=torch.uint8)
+    samples: list[list[float]] = [[] for _ in programs]
     whole: list[float] = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
         fused(x)
         whole.append(time.perf_counter() - start)
-        order.clear()
-        watched(x)
+        for times, program in zip(samples, programs, strict=True):
+            start = time.perf_counter()
+            torch.ops.fastconv.network(program, tensors, plan.constants, workspace)
+            times.append(time.perf_counter() - start)
     found: Times = defaultdict(float)
-    for name, times in samples.items():
-        found[name.split("#")[0]] += _typical(times) * 1e3
+    for kind, times in zip(kinds, samples, strict=True):
+        found[kind] += _typical(times) * 1e3
     found["rest"] = _typical(whole) * 1e3 - sum(found.values())
     return found
 
@@ -91,11 +84,14 @@ def _typical(times: list[float]) -> float:
     return statistics.quantiles(times, n=4)[0]
 
 
-def _kind(layer: nn.Module, x: Tensor) -> str:
-    if isinstance(layer, FusedConv2d):
-        filters, _, kernel, _ = layer.weight.shape
-        return Conv(x.shape[1], x.shape[2], filters, kernel, layer.stride[0], layer.padding[0], layer.groups).family
-    return "pool" if "Pool" in type(layer).__name__ else "linear" if isinstance(layer, nn.Linear) else "other"
+def _kind(step: list[int]) -> str:
+    """Of a row of a program (csrc/network/network.h)."""
+    if step[0] != CONVOLVE:
+        return "pool" if step[0] in (MAX_POOL, AVERAGE_POOL, ADAPTIVE_AVERAGE_POOL) else "reorders"
+    _, channels, size, _, filters, kernel, _, stride, _, padding = step[STEP - NUMBERS :][:10]
+    if size == 1:
+        return "linear"
+    return Conv(channels, size, filters, kernel, stride, padding, step[STEP - NUMBERS :][15]).family
 
 
 def _other_kind(operation: str) -> str:

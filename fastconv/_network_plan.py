@@ -20,6 +20,7 @@ from fastconv.ops.conv2d import output_size
 MARK = 0x66636E01
 NOTHING = 2**63 - 1
 NUMBERS = 18
+STEP = 10 + NUMBERS  # numbers of a row
 CONVOLVE, MAX_POOL, AVERAGE_POOL, ADAPTIVE_AVERAGE_POOL, TO_CHANNELS_LAST, TO_CONTIGUOUS = range(6)
 ALIGNMENT = 64  # bytes, of places in the workspace
 CACHED = 8 << 20  # bytes that a step reads and writes; a stage takes no more images at a time than that holds

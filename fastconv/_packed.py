@@ -1,8 +1,8 @@
 """Weights of a fused model in the form that a kernel reads, made once.
 
 The transformed filters of Winograd take four times the weight's memory, for small images 1.8 times, and both where a
-layer sees both; the panels of ``tiled``, for channels_last, as much as the weight in float32. Fused weights are frozen, so what is watched for is what replaces a weight, and the
-version counter, which operators that write in place count up.
+layer sees both; the panels of ``tiled``, for channels_last, as much as the weight in float32. Fused weights are frozen,
+so what is watched for is what replaces a weight, and the version counter, which operators that write in place count up.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 #include "conv2d/cpu_channel_rows.h"
 #include "conv2d/cpu_dense_rows.h"
 #include "conv2d/cpu_energies.h"
+#include "conv2d/cpu_group_lanes.h"
 #include "conv2d/cpu_pixel_lanes.h"
 #include "conv2d/cpu_rows.h"
 #include "conv2d/cpu_weight_grad.h"
@@ -69,9 +70,12 @@ inline constexpr Conv2dKernels kConv2dKernels = {
         if (count == 1 && dense_rows_serve(products[0])) return convolve_dense_rows<T>(products[0]);
         if (layout == Layout::nchw) return convolve_pixel_lanes<T>(products, count);
         const auto* kept = static_cast<const acc_t<T>*>(panels);
-        for (int64_t i = 0; i < count; ++i)
-          channel_rows_serve(products[i]) ? convolve_channel_rows<T>(products[i], kept)
-                                          : convolve_channel_lanes<T>(products[i], kept);
+        for (int64_t i = 0; i < count; ++i) {
+          const GemmConv& p = products[i];
+          if (kept == nullptr && group_lanes_serve<T>(p)) convolve_group_lanes<T>(p);
+          else if (channel_rows_serve(p)) convolve_channel_rows<T>(p, kept);
+          else convolve_channel_lanes<T>(p, kept);
+        }
       });
     },
     [](const GemmConv& p, DType dtype, void* panels) {

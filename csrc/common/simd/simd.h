@@ -165,6 +165,21 @@ FASTCONV_INLINE Vec<T> at_most(Vec<T> x, Vec<T> bound) {
   return bound < x ? bound : x;
 }
 
+/// result[lane] = value[lanes[lane]], for lanes in range.
+template <class T>
+FASTCONV_INLINE Vec<T> permute(Vec<T> value, Mask<T> lanes) {
+#if defined(FASTCONV_SIMD_AVX512)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_permutexvar_ps((__m512i)lanes, (__m512)value);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_permutexvar_pd((__m512i)lanes, (__m512d)value);
+#elif defined(FASTCONV_SIMD_AVX2)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_permutevar8x32_ps((__m256)value, (__m256i)lanes);
+#endif
+  Vec<T> result;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes<T>; ++lane) result[lane] = value[lanes[lane]];
+  return result;
+}
+
 // ---------------------------------------------------------------- loads and stores, widening to the accumulator type
 
 /// One vector of acc_t<T> from kLanes consecutive elements of storage type T; no alignment asked.
