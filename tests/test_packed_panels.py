@@ -29,12 +29,13 @@ TILED = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @torch.no_grad()
 def test_panels_of_tiled_give_the_same_bits(options, dtype, poisoned):
-    pairs = dtype == torch.bfloat16 and _C.active_isa() == "avx512_bf16"
-    kernel = "pairs" if pairs else "tiled"
+    has_pairs = dtype == torch.bfloat16 and _C.active_isa() == "avx512_bf16"
     model = fused(**options).to(dtype)
     layer = layer_of(model)
     geometry = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups, 1
     for n, size in ((1, 14), (3, 14), (1, 33)):
+        pairs = has_pairs and size != options.get("kernel")  # few images with one window each are left to tiled
+        kernel = "pairs" if pairs else "tiled"
         x = images(options["channels"], size, n).to(dtype)
         residual = torch.randn_like(layer(x)).to(memory_format=torch.channels_last)
         assert kept(model) == 0, "contiguous inputs keep no panels"

@@ -147,6 +147,8 @@ inline bool is_dense_layer_of_rows(const ConvProblem& p) {
 inline const char* avoid_pairs(const ConvProblem& p, ConvPass pass) {
   if (pass == ConvPass::forward && p.n <= 4 && is_dense_layer_of_rows(p))
     return "for so few pixels tiled reads the weights where they are";
+  if (p.layout == Layout::nhwc && p.groups > 1 && max_of(p.c_per_group(), p.k_per_group()) <= 8)
+    return "groups of so few channels share registers in tiled";
   if (pass == ConvPass::weight_grad && p.c_per_group() < 16)
     return "of its weight gradient few input channels leave vectors empty";
   return nullptr;
