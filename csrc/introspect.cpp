@@ -41,7 +41,7 @@ std::vector<std::string> kernel_names(const std::string& device) {
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (Isa isa : {Isa::generic, Isa::neon, Isa::avx2, Isa::avx512})
+  for (Isa isa : kIsas)
     if (cpu_supports(isa)) names.push_back(name_of(isa));
   return names;
 }
@@ -90,7 +90,7 @@ ConvProblem conv_problem(const Shape& input, const Shape& weight, const Shape& s
 
 /// The register tile of the kernels that end in conv2d/cpu_tile.h; None for those that have none.
 py::object tile_of(const std::string& algo, const ConvProblem& p, ConvPass pass) {
-  if (algo != "tiled" && algo != "rows") return py::none();
+  if (algo != "tiled" && algo != "rows" && algo != "pairs") return py::none();
   const TileShape shape = tile_shape(active_isa());
   const char* channels = pass == ConvPass::input_grad ? "input channels" : "output channels";
   py::dict tile;

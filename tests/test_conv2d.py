@@ -9,13 +9,14 @@ import reference
 import torch
 from reference import Conv
 
-from fastconv import functional
+from fastconv import _C, functional
 from fastconv._library import ops as raw
 from fastconv.ops import conv2d as ops
 from fastconv.stats import reset_stats, stats
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 ALGOS = ["tiled", "naive", "rows"]  # rows is for NCHW
+PAIRS = _C.active_isa() == "avx512_bf16"  # bfloat16 has a kernel of its own
 
 
 @pytest.mark.sanitize
@@ -31,7 +32,8 @@ def test_by_hand(dtype, memory_format, algo):
     assert output.tolist() == [[[[47, 57], [77, 87]]]]
     # With padding 1 and stride 3 the four windows see the corners only.
     assert functional.conv2d(image, weight, padding=1, stride=3, algo=algo).tolist() == [[[[4, 9], [14, 9]]]]
-    assert stats() == {f"conv2d/{algo or 'tiled'}": 2}
+    chosen = "pairs" if PAIRS and dtype == torch.bfloat16 else "tiled"
+    assert stats() == {f"conv2d/{algo or chosen}": 2}
 
 
 @pytest.mark.sanitize
@@ -188,3 +190,53 @@ def test_opcheck(last):
     torch.library.opcheck(raw.conv2d_input_grad.default, (g, w, problem.size, *problem.params, None))
     torch.library.opcheck(raw.conv2d_weight_grad.default, (g, x, problem.kernel, *problem.params, None))
     torch.library.opcheck(raw.conv2d_bias_grad.default, (g,))
+
+
+@pytest.mark.skipif(not PAIRS, reason="this CPU has no AVX512-BF16, or FASTCONV_CPU_ISA forbids it")
+@pytest.mark.parametrize("channels", [1, 3, 16, 33])
+def test_pairs_of_bfloat16_see_nothing_beside_their_window(channels, memory_format):
+    """Odd depths are filled up with zeros, not with what lies there: an infinity would become NaN."""
+    x = torch.full((1, channels, 12, 37), float("inf")).bfloat16().to(memory_format=memory_format)
+    x[:, :, 3:8, 4:30] = 1
+    weight = torch.ones(33, channels, 3, 3).bfloat16()
+    arguments = ([1, 1], [0] * 4, [1, 1], 1, "pairs")
+    inner = raw.conv2d(x, weight, None, *arguments)[:, :, 3:6, 4:28]
+    assert torch.equal(inner, torch.full_like(inner, 9 * channels))
+    grad = torch.full((1, 33, 12, 37), float("inf")).bfloat16().to(memory_format=memory_format)
+    grad[:, :, 3:8, 4:30] = 1
+    seen = raw.conv2d_input_grad(grad, weight, [14, 39], *arguments)[:, :, 5:8, 6:30]
+    assert torch.equal(seen, torch.full_like(seen, 9 * 33))
+
+
+@pytest.mark.skipif(not PAIRS, reason="this CPU has no AVX512-BF16, or FASTCONV_CPU_ISA forbids it")
+@pytest.mark.parametrize(("kernel", "stride"), [((6, 7), 1), ((1, 40), 2), ((40, 1), 3), ((33, 2), 1), ((25, 25), 5)])
+def test_pairs_of_bfloat16_of_windows_larger_than_a_vector(kernel, stride, memory_format):
+    x = torch.randint(-2, 3, (1, 4, 60, 60)).bfloat16().to(memory_format=memory_format)
+    weight = torch.randint(-1, 2, (5, 4, *kernel)).bfloat16()
+    wanted = torch.nn.functional.conv2d(x.double(), weight.double(), stride=stride)
+    geometry = [stride, stride], [0] * 4, [1, 1], 1, "pairs"
+    assert torch.equal(raw.conv2d(x, weight, None, *geometry), wanted.bfloat16())
+    grad = torch.randint(-1, 2, wanted.shape).bfloat16().to(memory_format=memory_format)
+    exact = torch.nn.grad.conv2d_input(x.shape, weight.double(), grad.double(), stride)
+    assert torch.equal(raw.conv2d_input_grad(grad, weight, [60, 60], *geometry), exact.bfloat16())
+
+
+@pytest.mark.skipif(not PAIRS, reason="this CPU has no AVX512-BF16, or FASTCONV_CPU_ISA forbids it")
+def test_a_weight_gradient_of_pairs_has_the_same_bits_on_any_number_of_threads(memory_format):
+    """Shares of the pixels are cut and added by the problem alone."""
+    x = torch.randn(5, 40, 31, 29).bfloat16().to(memory_format=memory_format)
+    grad = torch.randn(5, 33, 31, 29).bfloat16().to(memory_format=memory_format)
+    arguments = [3, 3], [1, 1], [1] * 4, [1, 1], 1, None
+    threads, found = torch.get_num_threads(), []
+    reset_stats()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(raw.conv2d_weight_grad(grad, x, *arguments))
+    finally:
+        torch.set_num_threads(threads)
+    assert stats() == {"conv2d_weight_grad/pairs": 3}
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    exact = torch.nn.grad.conv2d_weight(x.double(), (33, 40, 3, 3), grad.double(), padding=1)
+    torch.testing.assert_close(found[0].double(), exact, rtol=2**-8, atol=2e-3)

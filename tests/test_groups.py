@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastconv import _C
 from fastconv.stats import reset_stats, stats
 
 SHAPES = [  # groups, inputs and outputs of a group
@@ -47,3 +48,17 @@ def test_an_infinite_input_stays_in_its_group_and_its_windows():
     touched = torch.zeros(1, 32, 6, 6, dtype=torch.bool)
     touched[:, 8:12, 1:4, 1:4] = True
     assert torch.equal(~found.isfinite(), touched)
+
+
+@pytest.mark.skipif(_C.active_isa() != "avx512_bf16", reason="pairs of bfloat16 are of that level")
+@pytest.mark.parametrize("pass_name", ["forward", "input_grad"])
+def test_pairs_leave_groups_that_share_registers_to_tiled(pass_name):
+    def kernel(width: int, last: bool) -> str:
+        plan = _C.plan_conv2d(
+            (1, 4 * width, 14, 14), (4 * width, width, 3, 3), stride=(1, 1), padding=(1,) * 4, dilation=(1, 1),
+            groups=4, channels_last=last, dtype="bfloat16", pass_name=pass_name,
+        )  # fmt: skip
+        return str(plan["algo"])
+
+    assert [kernel(width, True) for width in (2, 8, 9, 16)] == ["tiled", "tiled", "pairs", "pairs"]
+    assert kernel(8, False) == "pairs"

@@ -28,7 +28,7 @@ def environment(isa: str, **more: str) -> dict[str, str]:
 
 
 def test_the_widest_is_chosen_and_all_are_listed():
-    order = ["generic", "neon", "avx2", "avx512"]
+    order = ["generic", "neon", "avx2", "avx512", "avx512_bf16"]
     if not os.environ.get("FASTCONV_CPU_ISA"):
         assert _C.active_isa() == max(_C.supported_isas(), key=order.index)
     assert "generic" in _C.supported_isas()
@@ -82,6 +82,24 @@ def test_instruction_sets_run_code_of_their_own():
     assert results["generic"] not in fused
 
 
+@pytest.mark.skipif("avx512_bf16" not in _C.supported_isas(), reason="this CPU has no AVX512-BF16")
+def test_only_its_own_level_multiplies_pairs_of_bfloat16():
+    script = (
+        "import torch, fastconv; x, w = torch.ones(1, 8, 9, 9).bfloat16(), torch.ones(8, 8, 3, 3).bfloat16();"
+        "y = fastconv.functional.conv2d(x, w); assert torch.equal(y, torch.full_like(y, 72));"
+        "print(*fastconv.stats())\n"
+        "try: fastconv.functional.conv2d(x, w, algo='pairs'); print('served')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    printed = {}
+    for isa in ("avx512", "avx512_bf16"):
+        run = subprocess.run([sys.executable, "-c", script], env=environment(isa), capture_output=True, text=True)
+        printed[isa] = run.stdout.splitlines()
+    assert printed["avx512_bf16"] == ["conv2d/pairs", "served"]
+    assert printed["avx512"][0] == "conv2d/tiled"
+    assert "it needs the instruction set avx512_bf16" in printed["avx512"][1]
+
+
 @pytest.mark.parametrize("isa", ["avx1024", "AVX2", "neon" if "neon" not in _C.supported_isas() else "avx512"])
 def test_an_instruction_set_that_is_not_there_is_an_error(isa):
     """Not an illegal instruction, and not silently another one."""
@@ -89,4 +107,4 @@ def test_an_instruction_set_that_is_not_there_is_an_error(isa):
     result = subprocess.run([sys.executable, "-c", script], env=environment(isa), capture_output=True, text=True)
     assert result.returncode == 1, "the process must end with Python's exception"
     assert f"FASTCONV_CPU_ISA is {isa}" in result.stderr
-    assert "expected one of generic, neon, avx2, avx512" in result.stderr or "unset it" in result.stderr
+    assert "expected one of generic, neon, avx2, avx512, avx512_bf16" in result.stderr or "unset it" in result.stderr

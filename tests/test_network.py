@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastconv
+from fastconv import _C
 from fastconv._network import FusedGraph, Network
 from fastconv._network_plan import NOTHING
 from fastconv.stats import reset_stats, stats
@@ -108,16 +109,33 @@ def test_every_kind_of_input_has_its_program():
     assert planned(model) == [True] * 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_images_outside_winograds_condition():
+def test_images_outside_winograds_condition(dtype):
+    """They are computed from the weight itself, in the layout that it came in."""
     torch.manual_seed(0)
-    model = fastconv.fuse(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()).eval())
-    x = torch.randn(2, 64, 28, 28)
+    model = fastconv.fuse(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()).eval().to(dtype))
+    x = torch.randn(2, 64, 28, 28).to(dtype)
     x[1, :, 9, 9] = 6e4
     reset_stats()
     found = model(x)
-    assert {key for key in stats() if key.startswith("conv2d")} == {"conv2d/winograd", "conv2d/tiled"}
-    torch.testing.assert_close(found, model.get_submodule("0")(x), rtol=1e-5, atol=1e-2)
+    pairs = dtype == torch.bfloat16 and _C.active_isa() == "avx512_bf16"
+    others = "conv2d/pairs" if pairs else "conv2d/tiled"
+    assert {key for key in stats() if key.startswith("conv2d")} == {"conv2d/winograd", others}
+    rtol, atol = (1e-5, 1e-2) if dtype == torch.float32 else (2**-7, 2**-5)
+    torch.testing.assert_close(found, model.get_submodule("0")(x), rtol=rtol, atol=atol)
+
+
+@pytest.mark.skipif(_C.active_isa() != "avx512_bf16", reason="pairs of bfloat16 are of that level")
+@torch.no_grad()
+def test_networks_of_bfloat16_multiply_pairs():
+    model = fastconv.fuse(backbone().bfloat16())
+    x = images(dtype=torch.bfloat16)
+    reset_stats()
+    found = model(x)
+    assert {key for key in stats() if key.startswith("conv2d/")} == {"conv2d/pairs"}
+    assert planned(model) == [True]
+    torch.testing.assert_close(found, model.forward(x), rtol=0.03, atol=0.03)
 
 
 @torch.no_grad()

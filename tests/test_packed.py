@@ -87,6 +87,9 @@ def test_what_kernel_packed_weights_choose():
     assert "winograd" not in kernels(64, 3)
     assert "winograd" not in kernels(256, 14, dtype="float64")
     assert "winograd" not in kernels(256, 14, stride=(2, 2))
+    if _C.active_isa() == "avx512_bf16":
+        assert kernels(256, 14, dtype="bfloat16") == ["winograd", "winograd"]
+        assert kernels(256, 14, dtype="bfloat16", stride=(2, 2)) == ["pairs", "pairs"]
 
 
 @torch.no_grad()

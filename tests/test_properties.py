@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from reference import Conv
 
+from fastconv import _C
 from fastconv.stats import reset_stats, stats
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 EXAMPLES = int(os.environ.get("FASTCONV_EXAMPLES", "2000"))
+PAIRS = ["pairs"] if _C.active_isa() == "avx512_bf16" else []  # of bfloat16
 
 
 @st.composite
@@ -33,7 +35,7 @@ def convolutions(draw, integers: bool = False) -> Conv:
     padding = draw(st.tuples(*[st.integers(0, 4)] * 4))
     extra = draw(st.tuples(st.integers(0, 11), st.integers(0, 19)))
     size = tuple(max(1, dilation[d] * (kernel[d] - 1) + 1 - padding[d] - padding[d + 2] + extra[d]) for d in range(2))
-    algo = draw(st.sampled_from([None, None, "tiled", "naive", "rows"]))
+    algo = draw(st.sampled_from([None, None, "tiled", "naive", "rows", *PAIRS]))
     layouts = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
     return Conv(
         n=draw(st.integers(1, 3)),
@@ -46,7 +48,7 @@ def convolutions(draw, integers: bool = False) -> Conv:
         padding=padding,
         dilation=dilation,
         bias=draw(st.booleans()),
-        dtype=draw(st.sampled_from(DTYPES)),
+        dtype=torch.bfloat16 if algo == "pairs" else draw(st.sampled_from(DTYPES)),
         layouts=(False, False, False) if algo == "rows" else layouts,  # rows reads NCHW
         algo=algo,
         integers=integers,

@@ -8,8 +8,10 @@
 
 namespace fastconv {
 
-enum class Isa : int { generic, neon, avx2, avx512 };
-inline constexpr const char* kIsaNames[] = {"generic", "neon", "avx2", "avx512"};
+/// avx512_bf16: avx512 and the dot product of pairs of bfloat16, which convolutions of that type use.
+enum class Isa : int { generic, neon, avx2, avx512, avx512_bf16 };
+inline constexpr Isa kIsas[] = {Isa::generic, Isa::neon, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+inline constexpr const char* kIsaNames[] = {"generic", "neon", "avx2", "avx512", "avx512_bf16"};
 inline const char* name_of(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
 
 inline bool cpu_supports(Isa isa) {
@@ -35,6 +37,12 @@ inline bool cpu_supports(Isa isa) {
 #else
       return false;
 #endif
+    case Isa::avx512_bf16:
+#if defined(__x86_64__)
+      return cpu_supports(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+#else
+      return false;
+#endif
   }
   throw std::logic_error("unknown instruction set");
 }
@@ -42,11 +50,11 @@ inline bool cpu_supports(Isa isa) {
 inline Isa choose_isa() {
   const char* wanted = std::getenv("FASTCONV_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') {
-    for (Isa isa : {Isa::avx512, Isa::avx2, Isa::neon})
+    for (Isa isa : {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::neon})
       if (cpu_supports(isa)) return isa;
     return Isa::generic;
   }
-  for (Isa isa : {Isa::generic, Isa::neon, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : kIsas) {
     if (std::strcmp(wanted, name_of(isa)) != 0) continue;
     if (!cpu_supports(isa))
       throw std::runtime_error(std::string("FASTCONV_CPU_ISA is ") + wanted +
@@ -54,7 +62,7 @@ inline Isa choose_isa() {
     return isa;
   }
   throw std::runtime_error(std::string("FASTCONV_CPU_ISA is ") + wanted +
-                           ", expected one of generic, neon, avx2, avx512");
+                           ", expected one of generic, neon, avx2, avx512, avx512_bf16");
 }
 
 /// Chosen once per process.

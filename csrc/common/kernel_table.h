@@ -1,5 +1,5 @@
 // Picks the kernel table of the active instruction set. FASTCONV_KERNEL_TABLE(conv2d_kernels) defines conv2d_kernels(),
-// which returns conv2d_kernels_<isa>().
+// which returns conv2d_kernels_<isa>(). What avx512_bf16 has beyond avx512 is not in these tables.
 #pragma once
 
 #include <stdexcept>
@@ -7,10 +7,11 @@
 #include "common/isa.h"
 
 #if defined(__x86_64__)
-#define FASTCONV_ISA_CASES(family) \
-  case ::fastconv::Isa::avx512:    \
-    return family##_avx512();      \
-  case ::fastconv::Isa::avx2:      \
+#define FASTCONV_ISA_CASES(family)   \
+  case ::fastconv::Isa::avx512_bf16: \
+  case ::fastconv::Isa::avx512:      \
+    return family##_avx512();        \
+  case ::fastconv::Isa::avx2:        \
     return family##_avx2();
 #elif defined(__aarch64__)
 #define FASTCONV_ISA_CASES(family) \

@@ -11,12 +11,15 @@ namespace fastconv {
   X(conv2d_tiled, "conv2d", "tiled")                                      \
   X(conv2d_rows, "conv2d", "rows")                                        \
   X(conv2d_winograd, "conv2d", "winograd")                                \
+  X(conv2d_pairs, "conv2d", "pairs")                                      \
   X(conv2d_input_grad_naive, "conv2d_input_grad", "naive")                \
   X(conv2d_input_grad_tiled, "conv2d_input_grad", "tiled")                \
   X(conv2d_input_grad_rows, "conv2d_input_grad", "rows")                  \
   X(conv2d_input_grad_winograd, "conv2d_input_grad", "winograd")          \
+  X(conv2d_input_grad_pairs, "conv2d_input_grad", "pairs")                \
   X(conv2d_weight_grad_naive, "conv2d_weight_grad", "naive")              \
   X(conv2d_weight_grad_tiled, "conv2d_weight_grad", "tiled")              \
+  X(conv2d_weight_grad_pairs, "conv2d_weight_grad", "pairs")              \
   X(conv2d_bias_grad, "conv2d_bias_grad", "rows")                         \
   X(depthwise, "conv2d", "depthwise")                                     \
   X(depthwise_input_grad, "conv2d_input_grad", "depthwise")               \

@@ -115,6 +115,10 @@ struct CpuConv2d {
       conv2d_kernels()->tiled(phases.data(), static_cast<int64_t>(phases.size()), p.layout, p.dtype, nullptr);
       return;
     }
+    if (choice.kernel == Kernel::conv2d_input_grad_pairs) {
+      pair_kernels().convolve(phases.data(), static_cast<int64_t>(phases.size()), p.layout);
+      return;
+    }
     for (const GemmConv& phase : phases) run_product(choice.kernel, phase, p.layout, p.dtype, none);
   }
 
@@ -129,7 +133,8 @@ struct CpuConv2d {
     std::vector<Tap> taps;
     const GemmWeightGrad product =
         weight_grad_product(p, grad.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr(), taps);
-    if (kernel == Kernel::conv2d_weight_grad_naive) conv2d_kernels()->naive_weight_grad(product, p.dtype);
+    if (kernel == Kernel::conv2d_weight_grad_pairs) pair_kernels().weight_grad(product);
+    else if (kernel == Kernel::conv2d_weight_grad_naive) conv2d_kernels()->naive_weight_grad(product, p.dtype);
     else conv2d_kernels()->tiled_weight_grad(product, p.dtype);
   }
 

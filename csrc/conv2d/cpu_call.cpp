@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 #include "common/kernel_table.h"
@@ -110,6 +111,14 @@ CpuChoice choose_by_packed(const ConvProblem& p, const void* packed, int64_t byt
   return with_condition(kernel, p, ConvPass::forward);
 }
 
+const PairKernels& pair_kernels() {
+#if defined(__x86_64__)
+  return *conv2d_pairs_avx512_bf16();
+#else
+  throw std::logic_error("no kernels for pairs of bfloat16 were built");
+#endif
+}
+
 void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype, const KeptWeight& kept) {
   const Conv2dKernels& kernels = *conv2d_kernels();
   switch (kernel) {
@@ -119,6 +128,9 @@ void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dt
     case Kernel::conv2d_rows:
     case Kernel::conv2d_input_grad_rows:
       return kernels.rows(product, dtype);
+    case Kernel::conv2d_pairs:
+    case Kernel::conv2d_input_grad_pairs:
+      return pair_kernels().convolve(&product, 1, layout);
     case Kernel::conv2d_winograd:
     case Kernel::conv2d_input_grad_winograd:
       return WinogradProduct(kernels, product, layout, dtype, kept.form, static_cast<const float*>(kept.data))

@@ -56,6 +56,9 @@ struct KeptWeight {
   const void* data;
 };
 
+/// Of an active instruction set that has them: select.h asks.
+const PairKernels& pair_kernels();
+
 /// One product by the kernel of its pass, uncounted.
 void run_product(Kernel kernel, const GemmConv& product, Layout layout, DType dtype, const KeptWeight& kept);
 

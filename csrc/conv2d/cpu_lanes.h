@@ -71,6 +71,8 @@ FASTCONV_INLINE simd::Vec<acc_t<T>> load_range(const T* source, int64_t step, co
       if (step == 1) return (simd::Vec<Acc>)_mm512_maskz_loadu_ps((__mmask16)lanes, source);
     if constexpr (sizeof(T) == 8)
       if (step == 1) return (simd::Vec<Acc>)_mm512_maskz_loadu_pd((__mmask8)lanes, source);
+  } else if (step == 1 && range.begin == 0) {
+    return simd::load_first(source, range.end);
   }
 #endif
   auto result = simd::zero<Acc>();
@@ -87,6 +89,9 @@ FASTCONV_INLINE simd::Vec<Acc> merge(simd::Vec<Acc> a, simd::Vec<Acc> b) {
 /// The first `count` lanes, `step` apart. Not with AVX2's masked stores: they take a dozen cycles each on AMD's cores.
 template <class T>
 FASTCONV_INLINE void store_head(T* target, int64_t step, simd::Vec<acc_t<T>> value, int64_t count) {
+#if defined(FASTCONV_SIMD_AVX512)
+  if (step == 1) return simd::store_first<T>(target, value, count);
+#endif
   acc_t<T> lanes[simd::kLanes<acc_t<T>>];
   simd::store<acc_t<T>>(lanes, value);
   for (int64_t i = 0; i < count; ++i) target[i * step] = simd::narrow<T>(lanes[i]);

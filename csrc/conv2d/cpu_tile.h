@@ -49,37 +49,37 @@ struct TileFinish {
 };
 
 /// All distances are in elements; nothing needs to be aligned.
-template <class Acc>
+template <class Element>
 struct TileCall {
-  const Acc* a;
+  const Element* a;
   int64_t a_stride;
   const int64_t* a_row_offsets;
   const int64_t* a_depth_offsets;
-  const Acc* b;
+  const Element* b;
   const int64_t* b_offsets;
   int64_t depth;
-  Acc* out;
+  acc_t<Element>* out;
   int64_t out_stride;
   bool accumulate;
-  TileFinish<Acc> finish;  // of tiles that finish
+  TileFinish<Element> finish;  // of tiles that finish
 };
 
-template <class Acc>
-using TileFunction = void (*)(const TileCall<Acc>&);
+template <class Element>
+using TileFunction = void (*)(const TileCall<Element>&);
 
 /// The elements of a that one step of depth needs. Twelve rows have more addresses than x86 has registers, so each
 /// order says which of them are worth one: what the compiler spills on its own goes through the FMA ports (vmovq).
-template <class Acc, int kRows, Rows kOrder>
+template <class Element, int kRows, Rows kOrder>
 struct RowElements;
 
 /// Three rows share a pointer: base, base + stride, base + 2 * stride are all one addressing mode.
-template <class Acc, int kRows>
-struct RowElements<Acc, kRows, Rows::depth_contiguous> {
+template <class Element, int kRows>
+struct RowElements<Element, kRows, Rows::depth_contiguous> {
   static constexpr int kShare = 3, kPointers = (kRows + kShare - 1) / kShare;
-  const Acc* pointers[kPointers];
+  const Element* pointers[kPointers];
   int64_t stride;
 
-  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call) : stride(call.a_stride) {
+  FASTCONV_INLINE explicit RowElements(const TileCall<Element>& call) : stride(call.a_stride) {
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; ++i) {
       pointers[i] = call.a + i * kShare * stride;
@@ -87,7 +87,7 @@ struct RowElements<Acc, kRows, Rows::depth_contiguous> {
     }
   }
   FASTCONV_INLINE void seek(int64_t) {}
-  FASTCONV_INLINE Acc at(int row) const { return pointers[row / kShare][row % kShare * stride]; }
+  FASTCONV_INLINE Element at(int row) const { return pointers[row / kShare][row % kShare * stride]; }
   FASTCONV_INLINE void advance() {
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; ++i) ++pointers[i];
@@ -95,107 +95,123 @@ struct RowElements<Acc, kRows, Rows::depth_contiguous> {
 };
 
 /// One pointer: the rows are constants in the address.
-template <class Acc, int kRows>
-struct RowElements<Acc, kRows, Rows::row_contiguous> {
-  const Acc* pointer;
+template <class Element, int kRows>
+struct RowElements<Element, kRows, Rows::row_contiguous> {
+  const Element* pointer;
 
-  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call) : pointer(call.a) {}
+  FASTCONV_INLINE explicit RowElements(const TileCall<Element>& call) : pointer(call.a) {}
   FASTCONV_INLINE void seek(int64_t) {}
-  FASTCONV_INLINE Acc at(int row) const { return pointer[row]; }
+  FASTCONV_INLINE Element at(int row) const { return pointer[row]; }
   FASTCONV_INLINE void advance() { pointer += kTileRows; }
 };
 
 /// The first rows have a pointer each; of more than eight the others' offsets are read again at every step.
-template <class Acc, int kRows>
-struct RowElements<Acc, kRows, Rows::offsets> {
+template <class Element, int kRows>
+struct RowElements<Element, kRows, Rows::offsets> {
   static constexpr int kHeld = kRows <= 8 ? kRows : 5;
-  const Acc* held[kHeld];
-  const Acc* base;
+  const Element* held[kHeld];
+  const Element* base;
   const int64_t* depth_offsets;
   const volatile int64_t* row_offsets;  // volatile: not to be held in registers that do not exist
   int64_t index = 0;
 
-  FASTCONV_INLINE explicit RowElements(const TileCall<Acc>& call)
+  FASTCONV_INLINE explicit RowElements(const TileCall<Element>& call)
       : base(call.a), depth_offsets(call.a_depth_offsets), row_offsets(call.a_row_offsets) {
 #pragma GCC unroll 16
     for (int row = 0; row < kHeld; ++row) held[row] = call.a + call.a_row_offsets[row];
   }
   FASTCONV_INLINE void seek(int64_t d) { index = depth_offsets[d]; }
-  FASTCONV_INLINE Acc at(int row) const {
+  FASTCONV_INLINE Element at(int row) const {
     if (row < kHeld) return held[row][index];
     return base[index + row_offsets[row]];
   }
   FASTCONV_INLINE void advance() {}
 };
 
-template <class Acc, int kRows, int kVectors>
-FASTCONV_INLINE void finish_sums(const TileCall<Acc>& call, simd::Vec<Acc> (&sums)[kRows][kVectors]) {
-  using V = simd::Vec<Acc>;
-  constexpr int kLane = simd::kLanes<Acc>;
-  const TileFinish<Acc>& finish = call.finish;
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    if (finish.scale) {
-      const V scale = simd::load(finish.scale + v * kLane);
-#pragma GCC unroll 16
-      for (int row = 0; row < kRows; ++row) sums[row][v] = sums[row][v] * scale;
-    }
-    if (finish.shift) {
-      const V shift = simd::load(finish.shift + v * kLane);
-#pragma GCC unroll 16
-      for (int row = 0; row < kRows; ++row) sums[row][v] = sums[row][v] + shift;
-    }
-  }
-  if (finish.residual) {
+/// What is different where elements are not numbers of the sums' type: the products of a step of depth, and how sums
+/// finish.
+template <class Element>
+struct TileStep {
+  using Vector = simd::Vec<Element>;
+  static constexpr bool kStoresFinished = false;  // they are stored as sums are
+  static FASTCONV_INLINE Vector broadcast(Element value) { return simd::broadcast(value); }
+  static FASTCONV_INLINE Vector add_product(Vector a, Vector b, Vector sum) { return simd::fma<Element>(a, b, sum); }
+
+  /// The residual comes from as far away as the sums take to be ready.
+  template <int kRows, int kVectors>
+  static FASTCONV_INLINE void prefetch(const TileCall<Element>& call) {
+    if (!call.finish.residual) return;
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
-        sums[row][v] = sums[row][v] + simd::load(finish.residual + row * call.out_stride + v * kLane);
+        __builtin_prefetch(call.finish.residual + row * call.out_stride + v * simd::kLanes<Element>);
   }
-  if (finish.activation == Activation::none) return;
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<Acc>(sums[row][v], Activation::relu);
-  if (finish.activation != Activation::relu6) return;
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<Acc>(sums[row][v], Activation::relu6);
-}
 
-template <class Acc, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder, bool kFinish>
-__attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
+  template <int kRows, int kVectors>
+  static FASTCONV_INLINE void finish(const TileCall<Element>& call, Vector (&sums)[kRows][kVectors]) {
+    constexpr int kLane = simd::kLanes<Element>;
+    const TileFinish<Element>& how = call.finish;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (how.scale) {
+        const Vector scale = simd::load(how.scale + v * kLane);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) sums[row][v] = sums[row][v] * scale;
+      }
+      if (how.shift) {
+        const Vector shift = simd::load(how.shift + v * kLane);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) sums[row][v] = sums[row][v] + shift;
+      }
+    }
+    if (how.residual) {
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          sums[row][v] = sums[row][v] + simd::load(how.residual + row * call.out_stride + v * kLane);
+    }
+    if (how.activation == Activation::none) return;
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<Element>(sums[row][v], Activation::relu);
+    if (how.activation != Activation::relu6) return;
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::activate<Element>(sums[row][v], Activation::relu6);
+  }
+};
+
+template <class Element, int kRows, int kVectors, Rows kOrder, Columns kColumnOrder, bool kFinish>
+__attribute__((noinline)) void multiply_tile(const TileCall<Element>& call) {
+  using Acc = acc_t<Element>;
+  using Step = TileStep<Element>;
   using V = simd::Vec<Acc>;
   constexpr int kLane = simd::kLanes<Acc>;
   const int64_t depth = call.depth;
   const int64_t* b_offsets = call.b_offsets;
-  const Acc* b = call.b;
-  RowElements<Acc, kRows, kOrder> a(call);
-  if (kFinish && call.finish.residual) {
-    // It comes from as far away as the sums take to be ready.
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(call.finish.residual + row * call.out_stride + v * kLane);
-  }
+  const Element* b = call.b;
+  RowElements<Element, kRows, kOrder> a(call);
+  if constexpr (kFinish) Step::template prefetch<kRows, kVectors>(call);
   V sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[row][v] = V{};
   for (int64_t d = 0; d < depth; ++d) {
-    const Acc* step = kColumnOrder == Columns::offsets ? b + b_offsets[d] : b + d * kTileColumns<Acc>;
+    const Element* step = kColumnOrder == Columns::offsets ? b + b_offsets[d] : b + d * kTileColumns<Element>;
     a.seek(d);
     V columns[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) columns[v] = simd::load(step + v * kLane);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      const V value = simd::broadcast(a.at(row));
+      const V value = Step::broadcast(a.at(row));
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[row][v] = simd::fma<Acc>(value, columns[v], sums[row][v]);
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = Step::add_product(value, columns[v], sums[row][v]);
     }
     a.advance();
   }
@@ -206,7 +222,10 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[row][v] += simd::load(call.out + row * call.out_stride + v * kLane);
   }
-  if constexpr (kFinish) finish_sums<Acc, kRows, kVectors>(call, sums);
+  if constexpr (kFinish) {
+    Step::finish(call, sums);
+    if constexpr (Step::kStoresFinished) return;
+  }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
@@ -214,13 +233,13 @@ __attribute__((noinline)) void multiply_tile(const TileCall<Acc>& call) {
 }
 
 /// Tiles for 1..kTileRows rows and 1..kTileVectors vectors: edges do not pay for a full tile.
-template <class Acc, Rows kOrder, Columns kColumnOrder, bool kFinish>
+template <class Element, Rows kOrder, Columns kColumnOrder, bool kFinish>
 struct TileTable {
-  TileFunction<Acc> functions[kTileRows + 1][kTileVectors + 1] = {};
+  TileFunction<Element> functions[kTileRows + 1][kTileVectors + 1] = {};
 
   constexpr TileTable() { fill_rows<1>(); }
-  TileFunction<Acc> at(int64_t rows, int64_t columns) const {
-    return functions[rows][(columns + simd::kLanes<Acc> - 1) / simd::kLanes<Acc>];
+  TileFunction<Element> at(int64_t rows, int64_t columns) const {
+    return functions[rows][(columns + simd::kLanes<Element> - 1) / simd::kLanes<Element>];
   }
 
  private:
@@ -231,17 +250,17 @@ struct TileTable {
   }
   template <int kRows, int kVectors>
   constexpr void fill_vectors() {
-    functions[kRows][kVectors] = &multiply_tile<Acc, kRows, kVectors, kOrder, kColumnOrder, kFinish>;
+    functions[kRows][kVectors] = &multiply_tile<Element, kRows, kVectors, kOrder, kColumnOrder, kFinish>;
     if constexpr (kVectors < kTileVectors) fill_vectors<kRows, kVectors + 1>();
   }
 };
 
-template <class Acc, Rows kOrder, Columns kColumnOrder = Columns::panel>
-inline constexpr TileTable<Acc, kOrder, kColumnOrder, false> kTiles{};
+template <class Element, Rows kOrder, Columns kColumnOrder = Columns::panel>
+inline constexpr TileTable<Element, kOrder, kColumnOrder, false> kTiles{};
 
 /// Tiles that finish their sums.
-template <class Acc, Rows kOrder>
-inline constexpr TileTable<Acc, kOrder, Columns::panel, true> kFinishingTiles{};
+template <class Element, Rows kOrder>
+inline constexpr TileTable<Element, kOrder, Columns::panel, true> kFinishingTiles{};
 
 /// Rows cut into ceil(count / kTileRows) tiles of nearly equal height: 32 rows as 6+6+5+5+5+5, because a tile of two
 /// rows has too few independent sums to hide the latency of an FMA and would run at half speed.

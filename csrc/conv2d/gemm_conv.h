@@ -87,9 +87,16 @@ struct Conv2dKernels {
   void (*bias_grad)(const void* grad, void* out, int64_t n, int64_t k, int64_t plane, Layout, DType);
 };
 
+/// What avx512_bf16 adds to avx512's: products of bfloat16, those of one call, in either layout.
+struct PairKernels {
+  void (*convolve)(const GemmConv*, int64_t count, Layout);
+  void (*weight_grad)(const GemmWeightGrad&);
+};
+
 const Conv2dKernels* conv2d_kernels_generic();
 const Conv2dKernels* conv2d_kernels_neon();
 const Conv2dKernels* conv2d_kernels_avx2();
 const Conv2dKernels* conv2d_kernels_avx512();
+const PairKernels* conv2d_pairs_avx512_bf16();
 
 }  // namespace fastconv

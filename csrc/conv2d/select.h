@@ -1,11 +1,17 @@
 // Which CPU kernel serves a convolution, and why the others do not.
 #pragma once
 
+#include "common/isa.h"
 #include "common/registry.h"
 #include "conv2d/candidates.h"
 #include "conv2d/gemm_conv.h"
 
 namespace fastconv {
+
+inline const char* refuse_pairs(const ConvProblem& p, ConvPass) {
+  if (p.dtype != DType::bf16) return "it multiplies pairs of bfloat16";
+  return active_isa() == Isa::avx512_bf16 ? nullptr : "it needs the instruction set avx512_bf16";
+}
 
 inline const char* refuse_rows(const ConvProblem& p, ConvPass) {
   return p.layout == Layout::nchw ? nullptr : "it reads NCHW";
@@ -92,6 +98,15 @@ struct WinogradCost {
   }
 };
 
+/// Winograd computes in float32; dot products of pairs of bfloat16 have twice the rate, and transform no filters.
+inline const char* avoid_winograd_beside_pairs(const ConvProblem& p, ConvPass pass, const WinogradCost& cost) {
+  if (refuse_pairs(p, pass) != nullptr) return nullptr;
+  if (cost.form() == WinogradForm::f2) return "F(2x2) saves too few products beside pairs of bfloat16";
+  if (cost.n * cost.rows * cost.columns < 600)
+    return "beside pairs of bfloat16 fewer than 600 pixels do not pay for the transform of the filters";
+  return nullptr;
+}
+
 /// A quarter of the products, or less than half, for transforms of inputs, outputs and, in every call, filters.
 /// Measured; csrc/conv2d/README.md.
 inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
@@ -102,7 +117,8 @@ inline const char* avoid_winograd(const ConvProblem& p, ConvPass pass) {
   if (!cost.fits(cost.form())) return "the transformed filters would take more than 30 MiB";
   if (cost.n * cost.rows * cost.columns < 100)
     return "fewer than 100 pixels do not pay for the transform of the filters";
-  return cost.hangs_over() ? "its tiles would hang over the edge" : nullptr;
+  if (cost.hangs_over()) return "its tiles would hang over the edge";
+  return avoid_winograd_beside_pairs(p, pass, cost);
 }
 
 /// Null if transformed filters that were kept (conv2d_pack) can serve a forward pass, else the reason.
@@ -122,6 +138,22 @@ inline const char* avoid_packed(const ConvProblem& p) {
   return cost.hangs_over() ? "its tiles would hang over the edge" : nullptr;
 }
 
+/// One pixel an image, which `tiled` multiplies with weights where they are (cpu_dense_rows.h).
+inline bool is_dense_layer_of_rows(const ConvProblem& p) {
+  const bool whole = p.p() * p.q() == 1 && p.h == p.r && p.w == p.s && p.padding.top == 0 && p.padding.left == 0;
+  return p.layout == Layout::nhwc && whole && (p.r * p.s == 1 || (p.groups == 1 && !p.weight_is_nchw));
+}
+
+inline const char* avoid_pairs(const ConvProblem& p, ConvPass pass) {
+  if (pass == ConvPass::forward && p.n <= 4 && is_dense_layer_of_rows(p))
+    return "for so few pixels tiled reads the weights where they are";
+  if (p.layout == Layout::nhwc && p.groups > 1 && max_of(p.c_per_group(), p.k_per_group()) <= 8)
+    return "groups of so few channels share registers in tiled";
+  if (pass == ConvPass::weight_grad && p.c_per_group() < 16)
+    return "of its weight gradient few input channels leave vectors empty";
+  return nullptr;
+}
+
 inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
     {"winograd", Kernel::conv2d_winograd, Kernel::conv2d_input_grad_winograd, Kernel::conv2d_weight_grad_tiled,
      &refuse_winograd, &avoid_winograd},
@@ -130,6 +162,8 @@ inline constexpr ConvCandidate<Kernel> kConvCandidates[] = {
        return problem.is_depthwise() ? nullptr : "it needs groups == in_channels, and more than one";
      },
      &refuse_nothing},
+    {"pairs", Kernel::conv2d_pairs, Kernel::conv2d_input_grad_pairs, Kernel::conv2d_weight_grad_pairs, &refuse_pairs,
+     &avoid_pairs},
     {"rows", Kernel::conv2d_rows, Kernel::conv2d_input_grad_rows, Kernel::conv2d_weight_grad_tiled, &refuse_rows,
      &avoid_rows},
     {"tiled", Kernel::conv2d_tiled, Kernel::conv2d_input_grad_tiled, Kernel::conv2d_weight_grad_tiled, &refuse_nothing,
@@ -151,6 +185,7 @@ inline Kernel select_conv2d(const ConvProblem& problem, ConvPass pass, std::stri
 /// reason.
 inline const char* refuse_keeping(const ConvProblem& p, Kernel kernel) {
   if (kernel == Kernel::conv2d_winograd) return refuse_packed(p);
+  if (kernel == Kernel::conv2d_pairs) return "pairs pack the weight in every call";
   if (kernel != Kernel::conv2d_tiled) return "only winograd and tiled have a form of their own";
   if (p.layout == Layout::nchw) return "in NCHW tiled reads weights as they are";
   if (p.groups > 1 && p.k_per_group() < 16) return "panels of so few output channels a group are mostly padding";

@@ -16,6 +16,7 @@ struct TileShape {
 
 inline TileShape tile_shape(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16:
     case Isa::avx512:
       return {12, 2, 64};
     case Isa::avx2:

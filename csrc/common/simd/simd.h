@@ -205,6 +205,22 @@ FASTCONV_INLINE Vec<acc_t<T>> load(const T* source) {
   }
 }
 
+#if defined(FASTCONV_SIMD_AVX512)
+/// As narrow<BFloat16>; with AVX512-BF16 numbers below float32's normal range become zeros, as in its dot products.
+FASTCONV_INLINE __m256i narrow_to_bfloat16(Vec<float> value) {
+#if defined(FASTCONV_SIMD_AVX512_BF16)
+  return (__m256i)_mm512_cvtneps_pbh((__m512)value);
+#else
+  const __m512i bits = (__m512i)value, top = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(top, _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, quiet));
+#endif
+}
+#endif
+
 template <class T>
 FASTCONV_INLINE void store(T* target, Vec<acc_t<T>> value) {
   using Acc = acc_t<T>;
@@ -222,7 +238,11 @@ FASTCONV_INLINE void store(T* target, Vec<acc_t<T>> value) {
       return;
     }
 #endif
+#if defined(FASTCONV_SIMD_AVX512)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), narrow_to_bfloat16(value));
+#else
     for (int i = 0; i < kLanes<Acc>; ++i) target[i] = narrow<T>(value[i]);
+#endif
   }
 }
 
@@ -233,6 +253,11 @@ FASTCONV_INLINE Vec<acc_t<T>> load_first(const T* source, int64_t count) {
 #if defined(FASTCONV_SIMD_AVX512)
   if constexpr (__is_same(T, float)) return (Vec<Acc>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), source);
   if constexpr (__is_same(T, double)) return (Vec<Acc>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), source);
+  if constexpr (sizeof(T) == 2) {
+    const __m256i raw = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), source);
+    if constexpr (__is_same(T, Half)) return (Vec<Acc>)_mm512_cvtph_ps(raw);
+    else return (Vec<Acc>)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  }
 #elif defined(FASTCONV_SIMD_AVX2)
   if constexpr (__is_same(T, float)) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -257,6 +282,11 @@ FASTCONV_INLINE void store_first(T* target, Vec<acc_t<T>> value, int64_t count) 
     return _mm512_mask_storeu_ps(target, (__mmask16)((1u << count) - 1), (__m512)value);
   if constexpr (__is_same(T, double))
     return _mm512_mask_storeu_pd(target, (__mmask8)((1u << count) - 1), (__m512d)value);
+  if constexpr (__is_same(T, Half))
+    return _mm256_mask_storeu_epi16(target, (__mmask16)((1u << count) - 1),
+                                    _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (__is_same(T, BFloat16))
+    return _mm256_mask_storeu_epi16(target, (__mmask16)((1u << count) - 1), narrow_to_bfloat16(value));
 #elif defined(FASTCONV_SIMD_AVX2)
   if constexpr (__is_same(T, float)) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
