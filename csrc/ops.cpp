@@ -26,8 +26,9 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
   m.def(
       "conv2d_fused.eager(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[8] "
       "geometry, int groups, int activation, Tensor? packed=None) -> Tensor");
-  // The weight in the form of the kernel called `algo`, winograd (F(tile x tile), 2 or 4) or (channels_last) tiled, for the `packed` of this
-  // one: on the CPU. The caller answers for its being of this weight, and of the kernel that will be chosen.
+  // The weight in the form of the kernel called `algo`, winograd (F(tile x tile), 2 or 4) or (channels_last) tiled, for
+  // the `packed` of this one: on the CPU. The caller answers for its being of this weight, and of the kernel that will
+  // be chosen.
   m.def(
       "conv2d_pack(Tensor weight, int[8] geometry, int groups, bool channels_last, str algo, int tile=4) -> "
       "Tensor");

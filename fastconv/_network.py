@@ -48,7 +48,7 @@ class FusedGraph(fx.GraphModule):
         return super().__call__(*args, **kwargs)
 
     def _is_watched(self) -> bool:
-        return bool(self.training or has_hooks(self) or _has_global_hook())  # type: ignore[no-untyped-call]
+        return bool(self.training or has_hooks(self) or _has_global_hook() or _function_modes())  # type: ignore[no-untyped-call]
 
     def recompile(self) -> Any:
         self._forget()
