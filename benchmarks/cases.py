@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from benchmarks import layers
 from benchmarks.measure import Call
 from benchmarks.report import Case
 from fastconv._library import ops
+from fastconv._packed import PackedWeight
 from fastconv.ops import conv2d as conv2d_ops
 from fastconv.ops.conv2d_fused import conv2d_fused
 
@@ -136,6 +137,18 @@ def norm(layer: layers.Norm, batch: int, direction: str, layout: str, device: to
     else:
         ours, theirs = (lambda: ops.local_response_norm_backward(grad, x, *LRN_PARAMS)), gradient_by_torch
     return Pair(case, ours, theirs, LRN_PARAMS[0])
+
+
+def kept(layer: layers.Conv, batch: int, layout: str, dtype: torch.dtype) -> Pair:
+    """A forward pass whose weight is kept in its kernel's form, as in fused models (fastconv/_packed.py)."""
+    whole = convolution("kept", layer, batch, "forward", layout, torch.device("cpu"), dtype)
+    torch.manual_seed(0)
+    x = torch.randn(layer.input_shape(batch), dtype=dtype).to(memory_format=FORMATS[layout])
+    weight = torch.randn(layer.weight_shape, dtype=dtype).to(memory_format=FORMATS[layout])
+    geometry = (layer.stride,) * 2 + (layer.padding,) * 4 + (1, 1)
+    packed = PackedWeight().find(x, weight, geometry, layer.groups)
+    operands = (x, weight, None, None, None, geometry, layer.groups, 0)
+    return replace(whole, ours=lambda: ops.conv2d_fused.eager(*operands, packed))
 
 
 def fused(layer: layers.Conv, batch: int, layout: str, device: torch.device, dtype: torch.dtype) -> Pair:

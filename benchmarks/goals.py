@@ -49,7 +49,8 @@ def table(
         _line("networks, best of three / fused", None, FUSED_GOAL, _networks(networks, EVAL, None, FUSED)),
         _line("networks, eager NCHW / converted", None, CONVERTED_GOAL, _networks(networks, EVAL, EAGER, CONVERTED)),
         _line("training step, eager NCHW / ours", None, TRAINING_GOAL, _networks(networks, TRAINING, EAGER, CONVERTED)),
-        *(_peak_line(rows, layout, ceilings) for layout in LAYOUTS),
+        *(_peak_line(rows, ("conv2d", "depthwise"), layout, ceilings) for layout in LAYOUTS),
+        _peak_line(rows, ("kept",), nhwc, ceilings),
         _line(
             *("eval forward, torch's peak memory / ours fused", None, 1 / MEMORY_GOAL),
             [Found(1 / row.ratio(FUSED), f"{row.network}, batch {row.batch}") for row in memory],
@@ -119,14 +120,21 @@ def _networks(rows: Sequence[NetworkRow], what: str, theirs: str | None, ours: s
     return found
 
 
-def _peak_line(rows: Sequence[Row], layout: str, ceilings: Ceilings | None) -> tuple[str, ...] | None:
+def _peak_line(
+    rows: Sequence[Row], ops: tuple[str, ...], layout: str, ceilings: Ceilings | None
+) -> tuple[str, ...] | None:
     if ceilings is None or ceilings.fma_per_second is None:
         return None
     found = []
-    for row in _convolution_rows(rows):
-        layer, case = CONVOLUTIONS[row.case.layer], row.case
+    for row in rows:
+        case = row.case
+        if case.op not in ops or (case.direction, case.layout, case.batch) != ("forward", layout, 1):
+            continue
+        layer = CONVOLUTIONS[case.layer]
         fits = layer.family in ("3x3", "1x1") and min(layer.channels, layer.filters) >= PEAK_CHANNELS
-        direct = "winograd" not in row.kernel
-        if fits and direct and (case.direction, case.layout, case.batch) == ("forward", layout, 1):
+        if fits and "winograd" not in row.kernel:
             found.append(Found(case.flops / row.our_seconds / ceilings.fma_per_second, case.layer))
-    return _line(f"share of the FMA peak, direct 3x3 and 1x1, C and K >= 128, batch 1, {layout}", None, 0.85, found)
+    kept = ", weights kept" if ops == ("kept",) else ""
+    return _line(
+        f"share of the FMA peak, direct 3x3 and 1x1, C and K >= 128, batch 1, {layout}{kept}", None, 0.85, found
+    )

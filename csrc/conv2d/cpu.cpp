@@ -65,7 +65,8 @@ struct CpuConv2d {
 
   static CpuChoice select_packed(const ConvProblem& p) { return choose_packed_conv2d(p); }
 
-  static Tensor pack(ConvProblem p, const Tensor& weight, std::string_view algo, WinogradForm form) {
+  static Tensor pack(ConvProblem p, const Tensor& weight, std::string_view algo, int64_t tile) {
+    const auto form = static_cast<WinogradForm>(tile);
     p = image_for_weight(p);
     require(algo == "winograd" || algo == "tiled", "conv2d_pack: algo is \"", algo, "\", expected winograd or tiled");
     const Kernel kernel = algo == "tiled" ? Kernel::conv2d_tiled : Kernel::conv2d_winograd;

@@ -4,7 +4,7 @@
 //   select(problem, pass, algo)                          the kernel, by its device's enumeration
 //   forward(kernel, problem, x, weight, fused, y)        and input_grad, weight_grad, bias_grad
 //   kPacks                                               true if it has select_packed(problem), for forward with
-//                                                        fused.packed, and pack(problem, weight, algo), which makes it
+//                                                        fused.packed, and pack(problem, weight, algo, tile), for that
 //
 // All tensors that it gets are dense in the problem's layout, on one device, and none of them is empty.
 #pragma once
@@ -137,7 +137,7 @@ struct Conv2dOps {
     p.layout = channels_last ? Layout::nhwc : Layout::nchw;
     p.c = weight.size(1) * groups;
     set_weight(op, p, weight.size(0), weight.size(2), weight.size(3));
-    return Device::pack(p, dense(weight, p.layout), algo, static_cast<WinogradForm>(tile));
+    return Device::pack(p, dense(weight, p.layout), algo, tile);
   }
 
   static Tensor conv2d(const Tensor& input, const Tensor& weight, MaybeTensor bias, IntList stride, IntList padding,
