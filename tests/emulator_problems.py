@@ -41,6 +41,7 @@ class ConvProblem(ctypes.Structure):
         ("groups", ctypes.c_int64),
         ("layout", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
+        ("weight_is_nchw", ctypes.c_bool),
     ]
 
     @classmethod
