@@ -8,6 +8,8 @@ import torch
 from fastconv import _C
 from fastconv.stats import reset_stats, stats
 
+pytestmark = pytest.mark.sanitize
+
 SHAPES = [  # groups, inputs and outputs of a group
     *[(groups, width, width) for groups, width in ((5, 2), (7, 3), (32, 4), (3, 5), (9, 7), (4, 8), (3, 15), (5, 16))],
     *[(6, 1, 3), (5, 4, 2), (7, 2, 5), (3, 16, 1), (2, 1, 16), (3, 17, 4)],

@@ -17,7 +17,10 @@ from fastconv._network import FusedGraph, Network
 from fastconv._network_plan import NOTHING
 from fastconv.stats import reset_stats, stats
 
-pytestmark = pytest.mark.skipif(fastconv._library.EMULATED, reason="of the CPU's own kernels")
+pytestmark = [
+    pytest.mark.sanitize,
+    pytest.mark.skipif(fastconv._library.EMULATED, reason="of the CPU's own kernels"),
+]
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 
 
