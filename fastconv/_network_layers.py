@@ -129,12 +129,6 @@ def _alias(builder: Builder, node: fx.Node, layer: Any) -> None:
     builder.values[node] = builder.value(node.args[0])
 
 
-def _dropout(builder: Builder, node: fx.Node, layer: nn.Dropout) -> None:
-    if layer.training:
-        raise Unplannable("it draws random numbers")
-    _alias(builder, node, layer)
-
-
 def _flatten(builder: Builder, node: fx.Node, layer: Any) -> None:
     if layer is not None:
         dims = layer.start_dim, layer.end_dim
@@ -173,7 +167,7 @@ _LAYERS: dict[Any, Emit] = {
     AdaptiveAvgPool2d: _adaptive_avg_pool2d,
     GlobalAvgPool2d: _adaptive_avg_pool2d,
     nn.Identity: _alias,
-    nn.Dropout: _dropout,
+    nn.Dropout: _alias,  # in eval: layers that train are in no run
     nn.Flatten: _flatten,
     nn.Linear: _linear,
 }

@@ -101,30 +101,25 @@ FASTCONV_INLINE bool finish_in_tile(const GemmConv& p, int64_t y_offset, int64_t
   return true;
 }
 
-struct ChannelLanesPlan {
+/// Strips of pixels and ranges of panels of output channels: the tasks.
+struct ChannelTasks {
   int64_t pixels, strip_pixels, strips;
   int64_t panels, panels_per_task, panel_tasks;  // of output channels
-  int64_t depth, depth_block;
-  bool packs_by_task;  // weights, in L2, instead of once through memory
+  bool packs_by_task;                            // weights, in L2, instead of once through memory
 
-  ChannelLanesPlan(const GemmConv& p, int64_t columns, int64_t element_bytes, bool kept) {
+  ChannelTasks(const GemmConv& p, int64_t columns) : pixels(p.n * p.i * p.j), panels(ceil_div(p.m, columns)) {}
+
+  /// Pixels of a block of depth that fit into a strip.
+  static int64_t fitting(int64_t depth_bytes) {
     constexpr int64_t kStripBytes = 128 * 1024;
-    // A panel of 20 KiB for AVX2. AVX-512's products take so long that L2 keeps up: half as many passes over the sums.
-    constexpr int64_t kDepth = kTileVectors * FASTCONV_VECTOR_BYTES > 64 ? 640 : 320;
-    const int64_t threads = thread_count();
-    pixels = p.n * p.i * p.j;
-    depth = p.c * p.tap_count;
-    depth_block = depth == 0 ? 1 : ceil_div(depth, ceil_div(depth, kDepth));
-    const int64_t fitting = max_of(4 * kTileRows, min_of(kStripBytes / (depth_block * element_bytes), 24 * kTileRows));
-    strips = ceil_div(pixels, fitting);
-    panels = ceil_div(p.m, columns);
-    if (kept) {
-      share_kept(p, threads, fitting);
-      return;
-    }
-    // Every strip reads all weights, every range of channels gathers its strip again.
+    return max_of(4 * kTileRows, min_of(kStripBytes / depth_bytes, 24 * kTileRows));
+  }
+
+  /// For weights that each call packs: every strip reads all of them, every range of channels gathers its strip again.
+  void share(const GemmConv& p, int64_t fitting_pixels) {
     constexpr int64_t kFewestPanels = 4;
-    const int64_t wanted = ceil_div(4 * threads, p.groups);
+    const int64_t wanted = ceil_div(4 * thread_count(), p.groups);
+    strips = ceil_div(pixels, fitting_pixels);
     panel_tasks = max_of(1, min_of(ceil_div(wanted, strips), panels / kFewestPanels));
     if (strips * panel_tasks < wanted) {
       const int64_t most = max_of(1, pixels / (4 * kTileRows));
@@ -132,16 +127,30 @@ struct ChannelLanesPlan {
     }
     strip_pixels = ceil_div(pixels, strips);
     strips = ceil_div(pixels, strip_pixels);
-    packs_by_task = !kept && strips <= 2;
+    packs_by_task = strips <= 2;
     panels_per_task = ceil_div(panels, panel_tasks);
     panel_tasks = ceil_div(panels, panels_per_task);
+  }
+};
+
+struct ChannelLanesPlan : ChannelTasks {
+  int64_t depth, depth_block;
+
+  ChannelLanesPlan(const GemmConv& p, int64_t columns, int64_t element_bytes, bool kept)
+      : ChannelTasks(p, columns), depth(p.c * p.tap_count) {
+    // A panel of 20 KiB for AVX2. AVX-512's products take so long that L2 keeps up: half as many passes over the sums.
+    constexpr int64_t kDepth = kTileVectors * FASTCONV_VECTOR_BYTES > 64 ? 640 : 320;
+    depth_block = depth == 0 ? 1 : ceil_div(depth, ceil_div(depth, kDepth));
+    const int64_t fitting_pixels = fitting(depth_block * element_bytes);
+    if (kept) share_kept(p, thread_count(), fitting_pixels);
+    else share(p, fitting_pixels);
   }
 
  private:
   /// With kept panels a task costs little beside its products, so that there are as few as memory and threads ask for:
   /// equal shares for all threads, of pixels where tiles stay high, or else of the output channels.
-  void share_kept(const GemmConv& p, int64_t threads, int64_t fitting) {
-    const int64_t fewest = ceil_div(pixels, fitting), wanted = ceil_div(threads, p.groups);
+  void share_kept(const GemmConv& p, int64_t threads, int64_t fitting_pixels) {
+    const int64_t fewest = ceil_div(pixels, fitting_pixels), wanted = ceil_div(threads, p.groups);
     double least = 0;
     const int64_t strip_counts[] = {fewest, min_of(pixels, round_up(fewest, wanted))};
     const int64_t part_counts[] = {1, min_of(panels, wanted)};

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "conv2d/cpu_tile.h"
+#include "conv2d/cpu_transpose.h"
 #include "conv2d/gemm_conv.h"
 
 namespace fastconv {
@@ -162,38 +163,14 @@ FASTCONV_INLINE void store_pairs(Pair* target, __m512i first, __m512i second) {
 inline void transpose_pairs(const BFloat16* source, int64_t source_stride, int64_t rows, int64_t count, Pair* target,
                             int64_t target_stride) {
   const __mmask32 mask = lanes_between(0, count);
-  __m512i numbers[16], twos[16], fours[16];
+  __m512 columns[16];
 #pragma GCC unroll 16
   for (int64_t r = 0; r < 16; ++r)
-    numbers[r] = load_numbers(source + min_of(r, rows - 1) * source_stride, r < rows ? mask : 0);
-#pragma GCC unroll 8
-  for (int r = 0; r < 16; r += 2) {
-    twos[r] = _mm512_unpacklo_epi32(numbers[r], numbers[r + 1]);
-    twos[r + 1] = _mm512_unpackhi_epi32(numbers[r], numbers[r + 1]);
-  }
-  // Quarter q of fours[4 * r + c]: pair 4 * q + c of rows 4 * r to 4 * r + 3.
-#pragma GCC unroll 4
-  for (int r = 0; r < 16; r += 4) {
-    fours[r] = _mm512_unpacklo_epi64(twos[r], twos[r + 2]);
-    fours[r + 1] = _mm512_unpackhi_epi64(twos[r], twos[r + 2]);
-    fours[r + 2] = _mm512_unpacklo_epi64(twos[r + 1], twos[r + 3]);
-    fours[r + 3] = _mm512_unpackhi_epi64(twos[r + 1], twos[r + 3]);
-  }
-  __m512i columns[16];
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even_low = _mm512_shuffle_i64x2(fours[c], fours[4 + c], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i64x2(fours[c], fours[4 + c], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i64x2(fours[8 + c], fours[12 + c], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i64x2(fours[8 + c], fours[12 + c], 0xdd);
-    columns[c] = _mm512_shuffle_i64x2(even_low, even_high, 0x88);
-    columns[4 + c] = _mm512_shuffle_i64x2(odd_low, odd_high, 0x88);
-    columns[8 + c] = _mm512_shuffle_i64x2(even_low, even_high, 0xdd);
-    columns[12 + c] = _mm512_shuffle_i64x2(odd_low, odd_high, 0xdd);
-  }
+    columns[r] = _mm512_castsi512_ps(load_numbers(source + min_of(r, rows - 1) * source_stride, r < rows ? mask : 0));
+  transpose_registers(columns);
 #pragma GCC unroll 16
   for (int64_t i = 0; i < 16; ++i)
-    if (2 * i < count) _mm512_storeu_si512(target + i * target_stride, columns[i]);
+    if (2 * i < count) _mm512_storeu_si512(target + i * target_stride, _mm512_castps_si512(columns[i]));
 }
 
 }  // namespace

@@ -7,34 +7,13 @@
 namespace fastconv {
 namespace {
 
-struct PairChannelsPlan {
-  int64_t pixels, strip_pixels, strips;
-  int64_t panels, panels_per_task, panel_tasks;  // of output channels
-  int64_t depth, depth_block;                    // numbers; a block is whole pairs
-  bool packs_by_task;                            // weights, in L2, instead of once through memory
+struct PairChannelsPlan : ChannelTasks {
+  int64_t depth, depth_block;  // numbers; a block is whole pairs
 
-  explicit PairChannelsPlan(const GemmConv& p) {
-    constexpr int64_t kStripBytes = 128 * 1024, kDepth = 1280;
-    const int64_t threads = thread_count();
-    pixels = p.n * p.i * p.j;
-    depth = p.c * p.tap_count;
+  explicit PairChannelsPlan(const GemmConv& p) : ChannelTasks(p, kPairColumns), depth(p.c * p.tap_count) {
+    constexpr int64_t kDepth = 1280;
     depth_block = depth == 0 ? 2 : round_up(ceil_div(depth, ceil_div(depth, kDepth)), 2);
-    const int64_t fitting = max_of(4 * kTileRows, min_of(kStripBytes / (depth_block * kNumberBytes), 24 * kTileRows));
-    strips = ceil_div(pixels, fitting);
-    panels = ceil_div(p.m, kPairColumns);
-    // Every strip reads all weights, every range of channels gathers its strip again.
-    constexpr int64_t kFewestPanels = 4;
-    const int64_t wanted = ceil_div(4 * threads, p.groups);
-    panel_tasks = max_of(1, min_of(ceil_div(wanted, strips), panels / kFewestPanels));
-    if (strips * panel_tasks < wanted) {
-      const int64_t most = max_of(1, pixels / (4 * kTileRows));
-      strips = max_of(strips, min_of(ceil_div(wanted, panel_tasks), most));
-    }
-    strip_pixels = ceil_div(pixels, strips);
-    strips = ceil_div(pixels, strip_pixels);
-    packs_by_task = strips <= 2;
-    panels_per_task = ceil_div(panels, panel_tasks);
-    panel_tasks = ceil_div(panels, panels_per_task);
+    share(p, fitting(depth_block * kNumberBytes));
   }
   int64_t depth_pairs() const { return ceil_div(depth, 2); }
 };

@@ -6,6 +6,38 @@
 namespace fastconv {
 namespace {
 
+#if defined(FASTCONV_SIMD_AVX512)
+/// A square of 16 x 16 elements of 32 bits, in place.
+FASTCONV_INLINE void transpose_registers(__m512 (&rows)[16]) {
+  __m512 pairs[16];
+#pragma GCC unroll 8
+  for (int r = 0; r < 16; r += 2) {
+    pairs[r] = _mm512_unpacklo_ps(rows[r], rows[r + 1]);
+    pairs[r + 1] = _mm512_unpackhi_ps(rows[r], rows[r + 1]);
+  }
+  // Quarter q of fours[4 * r + c]: column 4 * q + c of rows 4 * r to 4 * r + 3.
+  __m512d fours[16];
+#pragma GCC unroll 4
+  for (int r = 0; r < 16; r += 4) {
+    fours[r] = _mm512_unpacklo_pd(_mm512_castps_pd(pairs[r]), _mm512_castps_pd(pairs[r + 2]));
+    fours[r + 1] = _mm512_unpackhi_pd(_mm512_castps_pd(pairs[r]), _mm512_castps_pd(pairs[r + 2]));
+    fours[r + 2] = _mm512_unpacklo_pd(_mm512_castps_pd(pairs[r + 1]), _mm512_castps_pd(pairs[r + 3]));
+    fours[r + 3] = _mm512_unpackhi_pd(_mm512_castps_pd(pairs[r + 1]), _mm512_castps_pd(pairs[r + 3]));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512d even_low = _mm512_shuffle_f64x2(fours[c], fours[4 + c], 0x88);
+    const __m512d odd_low = _mm512_shuffle_f64x2(fours[c], fours[4 + c], 0xdd);
+    const __m512d even_high = _mm512_shuffle_f64x2(fours[8 + c], fours[12 + c], 0x88);
+    const __m512d odd_high = _mm512_shuffle_f64x2(fours[8 + c], fours[12 + c], 0xdd);
+    rows[c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(even_low, even_high, 0x88));
+    rows[4 + c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(odd_low, odd_high, 0x88));
+    rows[8 + c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(even_low, even_high, 0xdd));
+    rows[12 + c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(odd_low, odd_high, 0xdd));
+  }
+}
+#endif
+
 /// target[i * target_stride + lane] = source[lane * source_stride + i] for a square of kLanes x kLanes.
 template <class Acc>
 FASTCONV_INLINE void transpose_square(const Acc* source, int64_t source_stride, Acc* target, int64_t target_stride) {
@@ -38,34 +70,12 @@ FASTCONV_INLINE void transpose_square(const Acc* source, int64_t source_stride, 
   }
 #elif defined(FASTCONV_SIMD_AVX512)
   if constexpr (sizeof(Acc) == 4) {
-    __m512 rows[16], pairs[16];
+    __m512 rows[16];
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r) rows[r] = _mm512_loadu_ps(source + r * source_stride);
-#pragma GCC unroll 8
-    for (int r = 0; r < 16; r += 2) {
-      pairs[r] = _mm512_unpacklo_ps(rows[r], rows[r + 1]);
-      pairs[r + 1] = _mm512_unpackhi_ps(rows[r], rows[r + 1]);
-    }
-    // Quarter q of fours[4 * r + c]: column 4 * q + c of rows 4 * r to 4 * r + 3.
-    __m512d fours[16];
-#pragma GCC unroll 4
-    for (int r = 0; r < 16; r += 4) {
-      fours[r] = _mm512_unpacklo_pd(_mm512_castps_pd(pairs[r]), _mm512_castps_pd(pairs[r + 2]));
-      fours[r + 1] = _mm512_unpackhi_pd(_mm512_castps_pd(pairs[r]), _mm512_castps_pd(pairs[r + 2]));
-      fours[r + 2] = _mm512_unpacklo_pd(_mm512_castps_pd(pairs[r + 1]), _mm512_castps_pd(pairs[r + 3]));
-      fours[r + 3] = _mm512_unpackhi_pd(_mm512_castps_pd(pairs[r + 1]), _mm512_castps_pd(pairs[r + 3]));
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      const __m512d even_low = _mm512_shuffle_f64x2(fours[c], fours[4 + c], 0x88);
-      const __m512d odd_low = _mm512_shuffle_f64x2(fours[c], fours[4 + c], 0xdd);
-      const __m512d even_high = _mm512_shuffle_f64x2(fours[8 + c], fours[12 + c], 0x88);
-      const __m512d odd_high = _mm512_shuffle_f64x2(fours[8 + c], fours[12 + c], 0xdd);
-      _mm512_storeu_pd(target + c * target_stride, _mm512_shuffle_f64x2(even_low, even_high, 0x88));
-      _mm512_storeu_pd(target + (4 + c) * target_stride, _mm512_shuffle_f64x2(odd_low, odd_high, 0x88));
-      _mm512_storeu_pd(target + (8 + c) * target_stride, _mm512_shuffle_f64x2(even_low, even_high, 0xdd));
-      _mm512_storeu_pd(target + (12 + c) * target_stride, _mm512_shuffle_f64x2(odd_low, odd_high, 0xdd));
-    }
+    transpose_registers(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(target + i * target_stride, rows[i]);
     return;
   }
 #endif
