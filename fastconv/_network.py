@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 
 from fastconv import _eager
 from fastconv._graph_fusion import layer_of, written_by
+from fastconv._huge_pages import advise_huge_pages, collapse_into_huge_pages
 from fastconv._library import EMULATED, ops
 from fastconv._network_layers import DENSE_BATCH, Emit, emitter, is_alias, tensors_of, trains
 from fastconv._network_plan import Builder, Plan, Unplannable
@@ -121,7 +122,9 @@ class Workspaces:
         # What is far too large was for another batch.
         if kept is not None and size <= kept.numel() <= 4 * size + (1 << 20):
             return kept
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
+        fresh = torch.empty(size, dtype=torch.uint8, device="cpu")
+        advise_huge_pages(fresh)
+        return fresh
 
     def give(self, workspace: Tensor) -> None:
         with self._lock:
@@ -292,9 +295,12 @@ class Run:
                 builder.add_input(node, tensor)
             for node, emit, layer in self.nodes:
                 emit(builder, node, layer)
-            return builder.finish(self.outputs)
+            plan = builder.finish(self.outputs)
         except (Unplannable, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return None  # the layers themselves say what is wrong
+        for constant in plan.constants:
+            collapse_into_huge_pages(constant)
+        return plan
 
 
 def _looked_up(argument: Any, values: dict[fx.Node, Any]) -> Any:

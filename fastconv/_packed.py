@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv import _C
+from fastconv._huge_pages import collapse_into_huge_pages
 from fastconv._library import EMULATED, ops
 from fastconv.ops._autograd import suggested_format
 
@@ -90,6 +91,7 @@ def _pack(forms: _Forms, input: Tensor, weight: Tensor, geometry: tuple[int, ...
     kernel = plan["algo"], plan["winograd_tile"] or 4
     if kernel not in forms.by_kernel:
         forms.by_kernel[kernel] = ops.conv2d_pack(weight, geometry, groups, last, *kernel)
+        collapse_into_huge_pages(forms.by_kernel[kernel])
     return forms.by_kernel[kernel]
 
 

@@ -18,6 +18,8 @@ inline constexpr int kDenseImages = 2;
 inline constexpr int kDenseOutputs = 4;
 inline constexpr int kDenseGroup = 64;        // outputs
 inline constexpr int64_t kDenseDepth = 4096;  // elements of a chunk
+// Elements by which weights are fetched before they are used: prefetchers of CPUs stop at the end of a page.
+inline constexpr int64_t kDenseAhead = 256;
 
 /// For many images panels pay for themselves.
 inline bool dense_rows_serve(const GemmConv& p) {
@@ -40,7 +42,10 @@ __attribute__((noinline)) void dense_tile(const T* weight, int64_t weight_stride
   const auto step = [&](int64_t d, const auto& read) {
     simd::Vec<Acc> w[kOutputs];
 #pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o) w[o] = read(weight + o * weight_stride + d);
+    for (int o = 0; o < kOutputs; ++o) {
+      __builtin_prefetch(weight + o * weight_stride + d + kDenseAhead, 0, 2);
+      w[o] = read(weight + o * weight_stride + d);
+    }
 #pragma GCC unroll 8
     for (int n = 0; n < kImages; ++n) {
       const auto value = read(x + n * x_stride + d);

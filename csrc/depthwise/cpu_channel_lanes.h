@@ -113,10 +113,7 @@ struct ChannelLanesPlan {
     blocks = ceil_div(pass.filters, block);
     const int64_t row_work = pass.grid.w * pass.x_planes * pass.kernel.h * pass.kernel.w * block;
     row_tasks = ceil_div(pass.grid.h, max_of(1, kTaskWork / max_of(row_work, 1)));
-    // Shares of the threads are equal, as nearly as rows can be.
-    const int64_t others = pass.n * blocks, threads = thread_count();
-    while (row_tasks < pass.grid.h && others * row_tasks % threads != 0 && others * row_tasks < 16 * threads)
-      ++row_tasks;
+    share_rows(pass.n, pass.grid.h, thread_count());
     rows_per_task = ceil_div(pass.grid.h, row_tasks);
     const AxisReach& rows = pass.row_reach;
     const int64_t x_rows = (rows_per_task - 1) * pass.step.h + rows.last - rows.first + 1;
@@ -125,19 +122,34 @@ struct ChannelLanesPlan {
     repeated_elements = pass.filters * (pass.gradient ? y_rows * pass.y_size.w : x_rows * pass.x_size.w);
     if (pass.filters == pass.channels) repeated_elements = 0;
   }
+
+ private:
+  /// Equal shares for the threads, as nearly as rows can be; of whole images or rows where these are enough, as the
+  /// layers around have it: what a thread reads is then in its own cache, because it wrote it.
+  void share_rows(int64_t images, int64_t rows, int64_t threads) {
+    constexpr int64_t kFewestRows = 3;
+    for (int64_t tasks = row_tasks; tasks <= rows / kFewestRows; ++tasks)
+      if (images * tasks % threads == 0) {
+        row_tasks = tasks;
+        return;
+      }
+    const int64_t others = images * blocks;
+    while (row_tasks < rows && others * row_tasks % threads != 0 && others * row_tasks < 16 * threads) ++row_tasks;
+  }
 };
 
-/// One task. Row tasks are numbered before blocks, and blocks before images.
+/// One task. Blocks are numbered before row tasks, and these before images.
 template <class T>
 void run_channel_task(const DepthwisePass& pass, const ChannelLanesPlan& plan, const acc_t<T>* weights, int64_t task,
                       const void** table, const void* zeros, acc_t<T>* repeated) {
   using Acc = acc_t<T>;
   const Size2 x_size = pass.x_size, y_size = pass.y_size;
-  const int64_t multiplier = pass.filters / pass.channels, n = task / plan.row_tasks / plan.blocks;
+  const int64_t multiplier = pass.filters / pass.channels, n = task / plan.blocks / plan.row_tasks;
+  const int64_t row_task = task / plan.blocks % plan.row_tasks;
   ChannelPart part{};
-  part.begin = task % plan.row_tasks * pass.grid.h / plan.row_tasks;
-  part.end = (task % plan.row_tasks + 1) * pass.grid.h / plan.row_tasks;
-  part.c_begin = task / plan.row_tasks % plan.blocks * plan.block;
+  part.begin = row_task * pass.grid.h / plan.row_tasks;
+  part.end = (row_task + 1) * pass.grid.h / plan.row_tasks;
+  part.c_begin = task % plan.blocks * plan.block;
   part.c_end = min_of(pass.filters, part.c_begin + plan.block);
   // A last block of less than a vector reaches back over its neighbour, if there is one.
   part.c_begin = max_of(0, min_of(part.c_begin, pass.filters - simd::kLanes<Acc>));
