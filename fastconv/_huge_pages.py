@@ -28,6 +28,8 @@ def collapse_into_huge_pages(tensor: Tensor) -> None:
 
 def _advise(tensor: Tensor, advice: int) -> bool:
     """False if the system refused."""
+    if tensor.device.type != "cpu":
+        return True
     start = -(-tensor.data_ptr() // PAGE) * PAGE
     length = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE - start
     return length <= 0 or _madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice) == 0
