@@ -18,8 +18,16 @@ inline constexpr int kDenseImages = 2;
 inline constexpr int kDenseOutputs = 4;
 inline constexpr int kDenseGroup = 64;        // outputs
 inline constexpr int64_t kDenseDepth = 4096;  // elements of a chunk
-// Elements by which weights are fetched before they are used: prefetchers of CPUs stop at the end of a page.
-inline constexpr int64_t kDenseAhead = 256;
+
+/// Weights that a tile fetches while it computes: `rows` rows, at the depth where it is. A tile that is the first to
+/// read its own rows fetches them a little ahead, since prefetchers of CPUs stop at the end of a page; those that
+/// follow, for other images, fetch the next rows, so that memory never waits for products.
+template <class T>
+struct DenseFetch {
+  static constexpr int64_t kAhead = 256;  // elements
+  const T* weight;
+  int64_t rows;
+};
 
 /// For many images panels pay for themselves.
 inline bool dense_rows_serve(const GemmConv& p) {
@@ -31,7 +39,7 @@ inline bool dense_rows_serve(const GemmConv& p) {
 /// sums[image * kDenseGroup + output] (+)= products of `depth` elements.
 template <class T, int kOutputs, int kImages>
 __attribute__((noinline)) void dense_tile(const T* weight, int64_t weight_stride, const T* x, int64_t x_stride,
-                                          int64_t depth, bool accumulate, acc_t<T>* sums) {
+                                          int64_t depth, bool accumulate, const DenseFetch<T>& fetch, acc_t<T>* sums) {
   using Acc = acc_t<T>;
   constexpr int64_t kLane = simd::kLanes<Acc>;
   simd::Vec<Acc> total[kOutputs][kImages];
@@ -43,7 +51,7 @@ __attribute__((noinline)) void dense_tile(const T* weight, int64_t weight_stride
     simd::Vec<Acc> w[kOutputs];
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
-      __builtin_prefetch(weight + o * weight_stride + d + kDenseAhead, 0, 2);
+      if (o < fetch.rows) __builtin_prefetch(fetch.weight + o * weight_stride + d, 0, 2);
       w[o] = read(weight + o * weight_stride + d);
     }
 #pragma GCC unroll 8
@@ -68,11 +76,11 @@ __attribute__((noinline)) void dense_tile(const T* weight, int64_t weight_stride
 /// A tile's function by its images.
 template <class T, int kOutputs, int kImages = kDenseImages>
 void dense_images(int64_t images, const T* weight, int64_t weight_stride, const T* x, int64_t x_stride, int64_t depth,
-                  bool accumulate, acc_t<T>* sums) {
+                  bool accumulate, const DenseFetch<T>& fetch, acc_t<T>* sums) {
   if (images == kImages)
-    return dense_tile<T, kOutputs, kImages>(weight, weight_stride, x, x_stride, depth, accumulate, sums);
+    return dense_tile<T, kOutputs, kImages>(weight, weight_stride, x, x_stride, depth, accumulate, fetch, sums);
   if constexpr (kImages > 1)
-    dense_images<T, kOutputs, kImages - 1>(images, weight, weight_stride, x, x_stride, depth, accumulate, sums);
+    dense_images<T, kOutputs, kImages - 1>(images, weight, weight_stride, x, x_stride, depth, accumulate, fetch, sums);
 }
 
 /// Outputs [first, first + count) of a group of the convolution.
@@ -82,15 +90,21 @@ void convolve_dense_group(const GemmConv& p, int64_t group, int64_t first, int64
   const T* weight = static_cast<const T*>(p.weight) + group * p.weight_group_stride + first * p.weight_m_stride +
                     p.taps[0].weight_offset_elems;
   const T* x = static_cast<const T*>(p.x) + group * p.c;
-  const int64_t images = ceil_div(p.n, ceil_div(p.n, kDenseImages));
+  const int64_t passes = ceil_div(p.n, kDenseImages), images = ceil_div(p.n, passes);
   for (int64_t begin = 0; begin == 0 || begin < p.c; begin += kDenseDepth) {
     const int64_t depth = min_of(kDenseDepth, p.c - begin);
     for (int64_t o = 0; o < count;) {
       const int64_t outputs = count - o >= kDenseOutputs ? kDenseOutputs : 1;
+      const T* rows = weight + o * p.weight_m_stride + begin;
+      // Later passes share the next rows.
+      const int64_t shared = passes > 1 ? ceil_div(outputs, passes - 1) : 0;
       for (int64_t n = 0; n < p.n; n += images) {
+        const int64_t next = outputs + shared * (n / images - 1);
+        const DenseFetch<T> fetch = n == 0 ? DenseFetch<T>{rows + DenseFetch<T>::kAhead, outputs}
+                                           : DenseFetch<T>{rows + next * p.weight_m_stride, shared};
         const auto function = outputs == 1 ? &dense_images<T, 1> : &dense_images<T, kDenseOutputs>;
-        function(min_of(images, p.n - n), weight + o * p.weight_m_stride + begin, p.weight_m_stride,
-                 x + n * p.x_strides.n + begin, p.x_strides.n, depth, begin > 0, sums + n * kDenseGroup + o);
+        function(min_of(images, p.n - n), rows, p.weight_m_stride, x + n * p.x_strides.n + begin, p.x_strides.n, depth,
+                 begin > 0, fetch, sums + n * kDenseGroup + o);
       }
       o += outputs;
     }
