@@ -39,6 +39,24 @@ std::vector<std::string> kernel_names(const std::string& device) {
   return names;
 }
 
+/// True if dicts[i] has just the object values[i] at keys[i], and sized[i] has sizes[i] entries. Values are compared
+/// and not touched: a thousand of them would be a thousand more cache lines.
+bool same_entries(const py::tuple& dicts, const py::tuple& keys, const py::tuple& values, const py::tuple& sized,
+                  const py::tuple& sizes) {
+  if (dicts.size() != keys.size() || dicts.size() != values.size() || sized.size() != sizes.size())
+    throw py::value_error("same_entries: the tuples have different lengths");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dicts.ptr()); ++i) {
+    PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(dicts.ptr(), i), PyTuple_GET_ITEM(keys.ptr(), i));
+    if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (found != PyTuple_GET_ITEM(values.ptr(), i)) return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sized.ptr()); ++i) {
+    const Py_ssize_t size = PyDict_Size(PyTuple_GET_ITEM(sized.ptr(), i));
+    if (size != PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes.ptr(), i))) return false;
+  }
+  return true;
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (Isa isa : kIsas)
@@ -231,6 +249,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_names", &kernel_names, py::arg("device") = "cpu",
         "Every kernel of a device, cpu or cuda, as op/algo, in the order of torch.ops.fastconv.kernel_counts() or "
         "cuda_kernel_counts()");
+  m.def("same_entries", &same_entries, "Whether dicts hold what they held: by identity, and as many entries");
   m.def("supported_isas", &supported_isas, "Instruction sets that this CPU has and fastconv has kernels for");
   m.def("active_isa", [] { return std::string(name_of(active_isa())); }, "The instruction set in use");
   m.def("build_info", &build_info, "How the native code was compiled");

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from test_network import images, network_of, planned, small
 from torch import Tensor, nn
 
 import fastconv
+from fastconv import _C
 from fastconv._network import FusedGraph
 
 pytestmark = pytest.mark.skipif(fastconv._library.EMULATED, reason="of the CPU's own kernels")
@@ -267,3 +270,40 @@ def test_a_shallow_copy_runs_natively():
     with torch.no_grad():
         torch.testing.assert_close(twin(x), model(x))
         assert planned(twin) == [True]
+
+
+def test_entries_are_compared_by_identity_and_number():
+    held, hooks = {"stride": (2, 2), "weight": None}, {}
+    expected = (held, held), ("stride", "weight"), (held["stride"], None), (hooks, held), (0, 2)
+    assert _C.same_entries(*expected)
+    hooks[1] = print
+    assert not _C.same_entries(*expected)
+    hooks.clear()
+    held["stride"] = tuple([2, 2])
+    assert not _C.same_entries(*expected)
+    del held["stride"]
+    assert not _C.same_entries(*expected)
+    with pytest.raises(ValueError, match="different lengths"):
+        _C.same_entries((held,), (), (), (), ())
+    with pytest.raises(SystemError):
+        _C.same_entries((3,), ("stride",), (2,), (), ())
+
+
+@torch.no_grad()
+def test_a_setting_that_is_a_list_changed_in_place():
+    model, x = fastconv.fuse(small()), images()
+    model.get_submodule("2").stride = [2, 2]
+    before = model(x)
+    model.get_submodule("2").stride[:] = [1, 1]
+    torch.testing.assert_close(model(x), model.forward(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(x), before)
+
+
+def test_a_watched_model_is_collected():
+    model = fastconv.fuse(small())
+    with torch.no_grad():
+        model(images())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

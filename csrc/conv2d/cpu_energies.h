@@ -9,17 +9,6 @@
 namespace fastconv {
 namespace {
 
-/// The sum of the lanes by halves: a few instructions where simd::sum takes one for each lane.
-FASTCONV_INLINE float sum_by_halves(simd::Vec<float> value) {
-  typedef float Quarter __attribute__((vector_size(16)));
-  constexpr int64_t kQuarters = FASTCONV_VECTOR_BYTES / 16;
-  Quarter parts[kQuarters];
-  std::memcpy(parts, &value, sizeof(parts));
-  for (int64_t width = kQuarters / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) parts[i] += parts[i + width];
-  return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
-}
-
 template <class T>
 FASTCONV_INLINE float pixel_energy(const T* pixel, int64_t channels) {
   constexpr int64_t kLane = simd::kLanes<float>;
@@ -33,7 +22,7 @@ FASTCONV_INLINE float pixel_energy(const T* pixel, int64_t channels) {
     const auto rest = simd::load_first(pixel + c, min_of(kLane, channels - c));
     even = simd::fma<float>(rest, rest, even);
   }
-  return sum_by_halves(even + odd);
+  return simd::sum<float>(even + odd);
 }
 
 template <class T>
