@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_convolutions import ACTIVATIONS, OPS, CudaEpilogue, CudaRun, assert_matches, check_epilogue, configured
-from emulator_library import Library, Timing, build
+from emulator_library import ConvProblem, Library, Timing, build
 from reference import Conv
 
 ALGO = "implicit_gemm_fp32"
@@ -21,14 +21,15 @@ def library() -> Library:
     return build(SOURCES)
 
 
+def tiling(library: Library, op: str, problem: ConvProblem) -> tuple[int, int, int]:
+    """Rows and columns of the tiles, and into how many parts the depth is split."""
+    number = library.call(f"explain_{op}", ALGO, problem)
+    assert number is not None
+    return number // 1000000, number // 1000 % 1000, number % 1000
+
+
 def tilings(library: Library, run: CudaRun) -> dict[str, tuple[int, int, int]]:
-    """Rows and columns of a pass's tiles, and into how many parts its depth is split."""
-    found = {}
-    for name, op in OPS.items():
-        number = library.call(f"explain_{op}", ALGO, run.described)
-        assert number is not None
-        found[name] = (number // 1000000, number // 1000 % 1000, number % 1000)
-    return found
+    return {name: tiling(library, op, run.described) for name, op in OPS.items()}
 
 
 def check(library: Library, problem: Conv, channels_last: bool, offset: int = 0) -> None:
@@ -142,6 +143,33 @@ def test_split_depth(library: Library, channels_last: bool) -> None:
                 first, second = run.results(library, ALGO), run.results(library, ALGO)
                 assert_matches(run, first, ALGO)
                 assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# Channels in and out, rows and columns of the image, window, stride: of ResNet-50 and VGG.
+RESNET = [(64, 64, 56, 3, 1), (256, 64, 56, 1, 1), (128, 128, 56, 3, 2), (512, 512, 7, 3, 1), (64, 64, 224, 3, 1)]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("images", [1, 128])
+def test_blocks_fill_a_large_device(library: Library, images: int, channels_last: bool) -> None:
+    """Whatever the pass, nearly every multiprocessor gets a block; nothing is split where there are tiles enough."""
+    with configured(library, sm_count=132):
+        for c, k, size, window, stride in RESNET:
+            x, weight = torch.empty(images, c, size, size, device="meta"), torch.empty(k, c, window, window)
+            problem = ConvProblem.of(x, weight, (stride, stride), (window // 2,) * 4)
+            problem.layout = int(channels_last)
+            pixels, outputs = images * size**2, images * (-(-size // stride)) ** 2
+            for op, sides, products in (
+                ("conv2d", (outputs, k), 1),
+                ("conv2d_input_grad", (pixels // stride**2, c), stride**2),
+                ("conv2d_weight_grad", (k, c * window**2), 1),
+            ):
+                rows, columns, splits = tiling(library, op, problem)
+                if op != "conv2d_weight_grad" and not channels_last:
+                    rows, columns = columns, rows
+                tiles = products * -(-sides[0] // rows) * -(-sides[1] // columns)
+                assert tiles * splits >= 0.7 * 132
+                assert splits == 1 or tiles < 8 * 132
 
 
 @LAYOUTS

@@ -61,16 +61,18 @@ struct GemmTiling {
 
 inline constexpr int64_t kGemmDepth = 8;  // of a stage: what is brought to shared memory at once
 
-/// Clock cycles of a pass, guessed: no GPU was at hand. A multiprocessor has 128 lanes, and a block uses at most as
-/// many as it has threads; smaller tiles load more for each multiply-add; a block costs 2000 cycles before and after
-/// its loop; a second pass costs a launch, and its reads at 13 bytes a cycle for each multiprocessor (an H100's
-/// memory).
+/// Clock cycles of a pass, guessed: no GPU was at hand. Smaller tiles load more for each multiply-add. A multiprocessor
+/// has 128 lanes and room for 512 threads; with fewer it waits more for memory and barriers: 256 keep 5/6 of the lanes
+/// busy, 128 5/8. A block costs 2000 cycles before and after its loop. A second pass costs a launch, and its reads at
+/// 13 bytes a cycle for each multiprocessor (an H100's memory).
 inline double gemm_cycles(const GemmExtent& e, const GemmTiling& t, int64_t multiprocessors) {
   const double load = t.rows + t.columns == 256 ? 1.0 : t.rows + t.columns == 192 ? 1.1 : 1.25;
   const int64_t blocks = t.row_tiles * t.column_tiles * e.products * t.splits, area = t.rows * t.columns;
   const int64_t rounds = ceil_div(blocks, multiprocessors);
-  const double busy = load * static_cast<double>(rounds * area) / 128, per_step = busy > 64 ? busy : 64;
-  const double loop = per_step * static_cast<double>(round_up(ceil_div(e.depth, t.splits), kGemmDepth));
+  const double threads = static_cast<double>(min_of(512, rounds * area / 64));
+  const double lanes = 128 * 1.25 * threads / (threads + 128);
+  const double depth = static_cast<double>(round_up(ceil_div(e.depth, t.splits), kGemmDepth));
+  const double loop = load * static_cast<double>(rounds * area) / lanes * depth;
   if (t.splits == 1) return loop + 2000;
   const double moved = 4.0 * static_cast<double>(e.rows * e.columns * e.products * (t.splits + 1));
   return loop + 6000 + moved / (13.0 * static_cast<double>(multiprocessors));
@@ -88,7 +90,7 @@ inline GemmTiling choose_gemm_tiling(const ConvProblem& p, ConvPass pass, int64_
     t.columns = tile == GemmTile::large || (tile == GemmTile::wide_pixels && !rows_are_pixels) ? 128 : 64;
     t.row_tiles = ceil_div(e.rows, t.rows), t.column_tiles = ceil_div(e.columns, t.columns);
     const int64_t tiles = max_of(1, t.row_tiles * t.column_tiles * e.products);
-    for (int64_t waves = 0; waves <= 4; ++waves) {  // none: no splits
+    for (int64_t waves = 0; waves <= 8; ++waves) {  // none: no splits
       // At least 8 stages each, and as even as whole stages allow.
       const int64_t wanted = max_of(1, min_of(waves * multiprocessors / tiles, min_of(stages / 8, 65535)));
       t.splits = ceil_div(stages, ceil_div(stages, wanted));
