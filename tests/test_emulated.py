@@ -20,6 +20,7 @@ TESTS = Path(__file__).resolve().parent
 FILES = {
     "test_gpu.py": "",
     "test_gpu_tuning.py": "",
+    "test_gpu_gemm.py": "",
     "test_opinfo.py": "not float64",
     "test_moduleinfo.py": "not float64",
 }
