@@ -94,9 +94,10 @@ __device__ __forceinline__ int own_line(int own, int i) {
   else return i / 4 * (kLines / 2) + own * 4 + i % 4;
 }
 
-/// Starts the copies of a stage of one operand, `kVector` elements each.
+/// Starts the copies of a stage of one operand, `kVector` elements each. An address that does not exist is not read,
+/// and may be anything.
 template <class Tile, bool kAlongDepth, int kLines, int kVector>
-__device__ __forceinline__ void copy_stage(const float* from, const Place* lines, const Place* steps, float* stage) {
+__device__ __forceinline__ void copy_stage(const Place* lines, const Place* steps, float* stage) {
   static_assert(kVector == 1 || kVector == 4);
   constexpr int kCopies = kLines * kDepth / kVector / Tile::kThreads;
   // Of what lies along memory, all vectors are shared out among neighbouring threads.
@@ -107,26 +108,34 @@ __device__ __forceinline__ void copy_stage(const float* from, const Place* lines
   const int across = static_cast<int>(threadIdx.x) / kNeighbours;
   const int line = kAlongDepth ? across : along, step = kAlongDepth ? along : across;
   const uint32_t to = ptx::shared_address(stage + place_in_stage<kAlongDepth, kLines>(line, step));
-  lines += line, steps += step;
+  const Place same = kAlongDepth ? steps[step] : lines[line];
+  const Place* others = kAlongDepth ? lines + line : steps + step;
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) {
-    const Place a = lines[kAlongDepth ? i * kFurther : 0], b = steps[kAlongDepth ? 0 : i * kFurther];
-    const bool exists = meet(a, b);
-    const float* source = exists ? from + (a.offset + b.offset) : from;
+    const Place other = others[i * kFurther];
+    const bool exists = meet(same, other);
+    const auto* from = reinterpret_cast<const float*>(same.offset + other.offset);
     const uint32_t at = to + 4 * i * kFurther * (kAlongDepth ? kDepth : kLines);
-    if constexpr (kVector == 4) ptx::cp_async_cg_16(at, source, exists ? 16 : 0);
-    else ptx::cp_async_ca<4>(at, source, exists ? 4 : 0);
+    if constexpr (kVector == 4) ptx::cp_async_cg_16(at, from, exists ? 16 : 0);
+    else ptx::cp_async_ca<4>(at, from, exists ? 4 : 0);
   }
 }
 
-/// The table of one side of the tile, from index `first` on.
-template <GemmTensor kTensor, GemmAxis kAxis, Layout kLayout, class Tile, int kLines>
+/// The place with its offset in units of an element: 1, or bytes.
+template <int64_t kUnit>
+__device__ __forceinline__ Place in_units(Place at) {
+  at.offset *= kUnit;
+  return at;
+}
+
+/// The table of one side of the tile, from index `first` on, with `origin` added to every offset.
+template <int64_t kUnit, GemmTensor kTensor, GemmAxis kAxis, Layout kLayout, class Tile, int kLines>
 __device__ __forceinline__ void fill_lines(const ImplicitGemm& gemm, const SimtMemory<Tile>& shared, uint32_t first,
-                                           int64_t group, Place (&lines)[kLines]) {
+                                           int64_t origin, Place (&lines)[kLines]) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < kLines; i += Tile::kThreads) {
-    Place at = place_of<kTensor, kAxis, kLayout>(gemm, shared.windows, first + i);
-    at.offset += shared.block.group * group;
+    Place at = in_units<kUnit>(place_of<kTensor, kAxis, kLayout>(gemm, shared.windows, first + i));
+    at.offset += origin;
     lines[i] = at;
   }
 }
@@ -271,27 +280,31 @@ __global__ void __launch_bounds__(Tile::kThreads, 512 / Tile::kThreads)
   if (block.row >= extent<Sides::kRows>(gemm, windows) || block.column >= extent<Sides::kColumns>(gemm, windows))
     return;
 
+  // Places in the operands are addresses: a line has that of the tensor in it.
+  constexpr int64_t kUnit = sizeof(float);
   const auto look_up_steps = [&](int batch) {
     const uint32_t step = (block.first_stage + batch * kStagesLookedUp) * kDepth + lane;
     if (warp == 0)
-      shared.row_steps[batch % 2][lane] = place_of<Sides::kRowsTensor, Sides::kDepth, kLayout>(gemm, windows, step);
+      shared.row_steps[batch % 2][lane] =
+          in_units<kUnit>(place_of<Sides::kRowsTensor, Sides::kDepth, kLayout>(gemm, windows, step));
     if (warp == Tile::kThreads / 32 - 1)
       shared.column_steps[batch % 2][lane] =
-          place_of<Sides::kColumnsTensor, Sides::kDepth, kLayout>(gemm, windows, step);
+          in_units<kUnit>(place_of<Sides::kColumnsTensor, Sides::kDepth, kLayout>(gemm, windows, step));
   };
   const auto copy = [&](int stage) {
     const int table = stage / kStagesLookedUp % 2, step = stage % kStagesLookedUp * kDepth;
     float* to = shared.stages[stage % 2];
-    copy_stage<Tile, kRowsAlongDepth, Tile::kRows, kRowVector>(at.rows, shared.rows, shared.row_steps[table] + step,
-                                                               to);
+    copy_stage<Tile, kRowsAlongDepth, Tile::kRows, kRowVector>(shared.rows, shared.row_steps[table] + step, to);
     copy_stage<Tile, kColumnsAlongDepth, Tile::kColumns, kColumnVector>(
-        at.columns, shared.columns, shared.column_steps[table] + step, to + Tile::kRows * kDepth);
+        shared.columns, shared.column_steps[table] + step, to + Tile::kRows * kDepth);
     ptx::cp_async_commit_group();
   };
 
-  fill_lines<Sides::kRowsTensor, Sides::kRows, kLayout, Tile>(gemm, shared, block.row, at.rows_group, shared.rows);
-  fill_lines<Sides::kColumnsTensor, Sides::kColumns, kLayout, Tile>(gemm, shared, block.column, at.columns_group,
-                                                                    shared.columns);
+  fill_lines<kUnit, Sides::kRowsTensor, Sides::kRows, kLayout, Tile>(
+      gemm, shared, block.row, reinterpret_cast<int64_t>(at.rows + block.group * at.rows_group), shared.rows);
+  fill_lines<kUnit, Sides::kColumnsTensor, Sides::kColumns, kLayout, Tile>(
+      gemm, shared, block.column, reinterpret_cast<int64_t>(at.columns + block.group * at.columns_group),
+      shared.columns);
   look_up_steps(0);
   __syncthreads();
   const int count = stages_of<Sides::kDepth>(gemm, windows, block);
@@ -310,8 +323,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 512 / Tile::kThreads)
   }
   __syncthreads();
 
-  fill_lines<Sides::kResult, Sides::kRows, kLayout, Tile>(gemm, shared, block.row, at.result_group, shared.rows);
-  fill_lines<Sides::kResult, Sides::kColumns, kLayout, Tile>(gemm, shared, block.column, 0, shared.columns);
+  fill_lines<1, Sides::kResult, Sides::kRows, kLayout, Tile>(gemm, shared, block.row, block.group * at.result_group,
+                                                             shared.rows);
+  fill_lines<1, Sides::kResult, Sides::kColumns, kLayout, Tile>(gemm, shared, block.column, 0, shared.columns);
   constexpr bool kChannelIsColumn = Sides::kColumns == GemmAxis::channels;
   if constexpr (kHasEpilogue) fill_scales<kChannelIsColumn>(gemm, epilogue, shared);
   store_results<Tile, kRowsAlongDepth, kColumnsAlongDepth, kChannelIsColumn, kHasEpilogue>(
