@@ -117,6 +117,7 @@ LECTURE = {
     "patches": Conv(c_per_group=3, k_per_group=20, size=(16, 16), kernel=(8, 8), stride=(8, 8)),
     "long windows": Conv(c_per_group=1, k_per_group=4, size=(34, 3), kernel=(32, 1), padding=(1, 0, 2, 0)),
     "wide windows": Conv(c_per_group=2, k_per_group=4, size=(2, 35), kernel=(1, 32), padding=(0, 3, 0, 0)),
+    "longest stride": Conv(size=(3, 2), kernel=(2, 1), stride=(2**31 - 1, 2**31 - 2), padding=(0, 1, 1, 0)),
     "stride past the image": Conv(size=(3, 2), kernel=(2, 2), stride=(7, 5), padding=(3, 2, 1, 1)),
 }
 
@@ -234,6 +235,7 @@ def test_refuses_with_a_reason(library: Library) -> None:
         (Conv(dtype=torch.float16), "serves float32 alone"),
         (Conv(dtype=torch.float64), "serves float32 alone"),
         (Conv(kernel=(33, 1), size=(40, 3)), "at most 32x32"),
+        (Conv(kernel=(1, 1), dilation=(1, 2**31 - 1)), "span fewer"),
     ):
         with pytest.raises(RuntimeError, match=reason):
             CudaRun(problem).results(library, ALGO)

@@ -108,6 +108,7 @@ __device__ __forceinline__ WindowAxis forward_axis(int64_t size, int64_t outputs
 /// quotient is the output. No tap may do: then there is nothing to add, and zeros are written.
 __device__ __forceinline__ WindowAxis input_grad_axis(int64_t size, int64_t outputs, int64_t padding, int64_t taps,
                                                       int64_t dilation, int64_t stride, int phase) {
+  // 32 bits suffice for spans of fewer than 2^31 pixels, and one thread does this while its block waits.
   const int by = static_cast<int>(stride), apart = static_cast<int>(dilation);
   const int origin = phase + static_cast<int>(padding);
   int found = 0, first = 0, every = 1;
@@ -118,7 +119,7 @@ __device__ __forceinline__ WindowAxis input_grad_axis(int64_t size, int64_t outp
     ++found;
   }
   const int start = found > 0 ? (origin - first * apart) / by : 0;
-  return {(static_cast<int>(size) - phase + by - 1) / by,
+  return {(static_cast<int>(size) - phase - 1) / by + 1,
           static_cast<int>(outputs),
           found,
           1,

@@ -17,6 +17,8 @@ inline const char* refuse_implicit_gemm_fp32(const ConvProblem& p, ConvPass) {
     return "it needs fewer than 2^31 pixels";
   if (max_of(p.c_per_group(), p.k_per_group()) * p.r * p.s > kInt - kRoom)
     return "it needs windows of fewer than 2^31 elements";
+  if (p.r * p.dilation.h > kInt - kRoom || p.s * p.dilation.w > kInt - kRoom)
+    return "it needs windows that span fewer than 2^31 pixels";
   return nullptr;
 }
 
