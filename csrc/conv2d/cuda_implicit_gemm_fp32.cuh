@@ -23,6 +23,7 @@ constexpr int kDepth = static_cast<int>(kGemmDepth);
 constexpr int kOwn = 8;     // rows and columns of a thread
 constexpr int kSteps = 32;  // of the depth, looked up at once
 constexpr int kStagesLookedUp = kSteps / kDepth;
+constexpr int64_t kBytes = sizeof(float);
 
 template <int kRows_, int kColumns_>
 struct SimtTile {
@@ -121,7 +122,8 @@ __device__ __forceinline__ void copy_stage(const Place* lines, const Place* step
   }
 }
 
-/// The place with its offset in units of an element: 1, or bytes.
+/// The place with its offset in units of an element: 1, or bytes. Places in the operands are addresses: that of the
+/// tensor is in the lines.
 template <int64_t kUnit>
 __device__ __forceinline__ Place in_units(Place at) {
   at.offset *= kUnit;
@@ -138,6 +140,20 @@ __device__ __forceinline__ void fill_lines(const ImplicitGemm& gemm, const SimtM
     at.offset += origin;
     lines[i] = at;
   }
+}
+
+/// The tables of the next 32 steps, by two warps.
+template <ConvPass kPass, Layout kLayout, class Tile>
+__device__ __forceinline__ void look_up_steps(const ImplicitGemm& gemm, SimtMemory<Tile>& shared, int batch) {
+  using Sides = GemmSides<kPass, kLayout>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t step = (shared.block.first_stage + batch * kStagesLookedUp) * kDepth + lane;
+  if (warp == 0)
+    shared.row_steps[batch % 2][lane] =
+        in_units<kBytes>(place_of<Sides::kRowsTensor, Sides::kDepth, kLayout>(gemm, shared.windows, step));
+  if (warp == Tile::kThreads / 32 - 1)
+    shared.column_steps[batch % 2][lane] =
+        in_units<kBytes>(place_of<Sides::kColumnsTensor, Sides::kDepth, kLayout>(gemm, shared.windows, step));
 }
 
 /// Stages of a block's share of the depth: all but the last blocks have as many.
@@ -280,17 +296,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 512 / Tile::kThreads)
   if (block.row >= extent<Sides::kRows>(gemm, windows) || block.column >= extent<Sides::kColumns>(gemm, windows))
     return;
 
-  // Places in the operands are addresses: a line has that of the tensor in it.
-  constexpr int64_t kUnit = sizeof(float);
-  const auto look_up_steps = [&](int batch) {
-    const uint32_t step = (block.first_stage + batch * kStagesLookedUp) * kDepth + lane;
-    if (warp == 0)
-      shared.row_steps[batch % 2][lane] =
-          in_units<kUnit>(place_of<Sides::kRowsTensor, Sides::kDepth, kLayout>(gemm, windows, step));
-    if (warp == Tile::kThreads / 32 - 1)
-      shared.column_steps[batch % 2][lane] =
-          in_units<kUnit>(place_of<Sides::kColumnsTensor, Sides::kDepth, kLayout>(gemm, windows, step));
-  };
   const auto copy = [&](int stage) {
     const int table = stage / kStagesLookedUp % 2, step = stage % kStagesLookedUp * kDepth;
     float* to = shared.stages[stage % 2];
@@ -300,12 +305,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 512 / Tile::kThreads)
     ptx::cp_async_commit_group();
   };
 
-  fill_lines<kUnit, Sides::kRowsTensor, Sides::kRows, kLayout, Tile>(
+  fill_lines<kBytes, Sides::kRowsTensor, Sides::kRows, kLayout, Tile>(
       gemm, shared, block.row, reinterpret_cast<int64_t>(at.rows + block.group * at.rows_group), shared.rows);
-  fill_lines<kUnit, Sides::kColumnsTensor, Sides::kColumns, kLayout, Tile>(
+  fill_lines<kBytes, Sides::kColumnsTensor, Sides::kColumns, kLayout, Tile>(
       gemm, shared, block.column, reinterpret_cast<int64_t>(at.columns + block.group * at.columns_group),
       shared.columns);
-  look_up_steps(0);
+  look_up_steps<kPass, kLayout>(gemm, shared, 0);
   __syncthreads();
   const int count = stages_of<Sides::kDepth>(gemm, windows, block);
   if (count > 0) copy(0);
@@ -318,7 +323,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 512 / Tile::kThreads)
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // this stage is there for all, and nobody reads the one before or its table any more
     if (stage + 1 < count) copy(stage + 1);
-    if (stage % kStagesLookedUp == 0) look_up_steps(stage / kStagesLookedUp + 1);
+    if (stage % kStagesLookedUp == 0) look_up_steps<kPass, kLayout>(gemm, shared, stage / kStagesLookedUp + 1);
     multiply_stage<Tile, kRowsAlongDepth, kColumnsAlongDepth>(shared.stages[stage % 2], own_row, own_column, sum);
   }
   __syncthreads();
