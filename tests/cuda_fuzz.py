@@ -20,12 +20,13 @@ from pathlib import Path
 
 import test_cuda_conv2d
 import test_cuda_depthwise
+import test_cuda_implicit_gemm
 import test_cuda_norm
 import test_cuda_pool
 import test_cuda_pool_average
 import test_cuda_stem
 import torch
-from cuda_convolutions import CudaRun, assert_matches
+from cuda_convolutions import ACTIVATIONS, CudaRun, assert_matches, check_epilogue
 from cuda_memory import DTYPES, generators, whole_numbers
 from cuda_pools import drawn, gradient_of
 from emulator_library import Library, Timing, build
@@ -51,6 +52,17 @@ def fuzz_stem(library: Library, seed: int) -> None:
     if seed % 5 == 1:
         for algo in ("stem", "stem_mma"):
             test_cuda_stem.check_nan(library, algo, *say((3, 1), (5, 1), (7, 2))[seed % 3], seed % 2 == 0)
+
+
+def fuzz_gemm(library: Library, seed: int) -> None:
+    dice = random.Random(seed)
+    problem = test_cuda_implicit_gemm.random_problem(seed)
+    if seed % 3 == 0:  # several looked-up batches of the depth, and on a large device several parts
+        problem = replace(problem, n=dice.randint(1, 4), c_per_group=dice.choice([28, 41, 64]), k_per_group=33)
+    test_cuda_implicit_gemm.check(library, say(problem), seed % 4 < 2, dice.choice([0, 0, 1, 4]))
+    if seed % 3 == 0:
+        activation = dice.choice(list(ACTIVATIONS))
+        check_epilogue(library, test_cuda_implicit_gemm.ALGO, problem, activation, seed % 2 == 0)
 
 
 def fuzz_depthwise(library: Library, seed: int) -> None:
@@ -100,6 +112,7 @@ FAMILIES: dict[str, tuple[list[str], Callable[[Library, int], None]]] = {
     "direct": (test_cuda_conv2d.SOURCES, fuzz_direct),
     "bias": (test_cuda_conv2d.SOURCES, fuzz_bias),
     "stem": (test_cuda_stem.SOURCES, fuzz_stem),
+    "gemm": (test_cuda_implicit_gemm.SOURCES, fuzz_gemm),
     "depthwise": (test_cuda_depthwise.SOURCES, fuzz_depthwise),
     "pool": (test_cuda_pool.SOURCES, fuzz_pool),
     "norm": (test_cuda_norm.SOURCES, fuzz_norm),

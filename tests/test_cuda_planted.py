@@ -115,8 +115,44 @@ STEM = [
     Bug("conv2d/cuda_stem_weight_grad.cu", "turn == 0", "false"),
     Bug("conv2d/cuda_stem_mma.cu", "inside ? from[base[2 * m]] : uint2{0, 0}", "from[base[2 * m]]"),
 ]
+GEMM = [
+    Bug("conv2d/cuda_implicit_gemm.cuh", "at >= 0 && at < size", "at < size"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "index >= extent<kAxis>(g, windows)", "false"),
+    Bug(
+        "conv2d/cuda_implicit_gemm.cuh",
+        "(a.rows & b.rows) != 0 && (a.columns & b.columns) != 0",
+        "(a.rows & b.rows) != 0 && b.columns != 0",
+    ),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "(origin - r * apart) % by != 0", "false"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "r - first", "by"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "every * apart / by", "every"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "phase % g.phases_w", "phase % g.phases_h"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "w.first + s * w.every", "s * w.every"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "ptx::cp_async_wait_group<0>();", "ptx::cp_async_wait_group<1>();"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "stage % kStagesLookedUp == 0", "stage == 0"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "stage / kStagesLookedUp % 2", "0"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "min(share, stages - block.first_stage)", "share + 1"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "reinterpret_cast<uintptr_t>(result + first) % 16 == 0", "true"),
+    Bug(
+        "conv2d/cuda_implicit_gemm_fp32.cuh",
+        "shared.columns[column + 3].offset == shared.columns[column].offset + 3",
+        "true",
+    ),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "block.group * at.columns_group", "0"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "block.group * at.result_group", "0"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "index / channel_elements % channels", "index % channels"),
+    Bug("conv2d/cuda_implicit_gemm_fp32_launch.cuh", "is_aligned(data, together, sizeof(float), 16)", "together > 3"),
+    Bug("conv2d/cuda_implicit_gemm_fp32_launch.cuh", "tensor == GemmTensor::grid || one_pixel", "true"),
+    Bug("conv2d/cuda_implicit_gemm_plan.h", "ceil_div(p.h, p.stride.h)", "p.h / p.stride.h"),
+]
 
-FAMILIES = {"pool": (POOL, 40), "norm": (NORM, 80), "depthwise": (DEPTHWISE, 40), "stem": (STEM, 20)}
+FAMILIES = {
+    "pool": (POOL, 40),
+    "norm": (NORM, 80),
+    "depthwise": (DEPTHWISE, 40),
+    "stem": (STEM, 20),
+    "gemm": (GEMM, 24),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

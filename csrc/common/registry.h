@@ -43,6 +43,9 @@ namespace fastconv {
   X(conv2d_direct, "conv2d", "direct")                                       \
   X(conv2d_input_grad_direct, "conv2d_input_grad", "direct")                 \
   X(conv2d_weight_grad_direct, "conv2d_weight_grad", "direct")               \
+  X(gemm_fp32, "conv2d", "implicit_gemm_fp32")                               \
+  X(gemm_fp32_input_grad, "conv2d_input_grad", "implicit_gemm_fp32")         \
+  X(gemm_fp32_weight_grad, "conv2d_weight_grad", "implicit_gemm_fp32")       \
   X(conv2d_bias_grad, "conv2d_bias_grad", "rows")                            \
   X(stem, "conv2d", "stem")                                                  \
   X(stem_mma, "conv2d", "stem_mma")                                          \

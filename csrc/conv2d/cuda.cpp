@@ -39,25 +39,41 @@ struct CudaConv2d {
     const ChannelOperand scale("conv2d", fused.scale), shift("conv2d", fused.shift);
     const CudaEpilogue epilogue{scale.numbers(), shift.numbers(),
                                 fused.residual ? fused.residual->const_data_ptr() : nullptr, fused.activation};
+    const void *from_x = x.const_data_ptr(), *from_weight = weight.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    if (kernel == CudaKernel::gemm_fp32) {
+      Workspace workspace(x, implicit_gemm_fp32_forward_workspace(p));
+      launch_implicit_gemm_fp32_forward(p, from_x, from_weight, to, epilogue, workspace.floats(), device.stream());
+      count_call(kernel);
+      return;
+    }
     const auto launch = kernel == CudaKernel::stem_mma        ? launch_stem_mma_forward
                         : kernel == CudaKernel::stem          ? launch_stem_forward
                         : kernel == CudaKernel::depthwise     ? launch_depthwise_forward
                         : kernel == CudaKernel::conv2d_direct ? launch_direct_forward
                                                               : nullptr;
     if (launch == nullptr) no_launcher();
-    launch(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), epilogue, device.stream());
+    launch(p, from_x, from_weight, to, epilogue, device.stream());
     count_call(kernel);
   }
 
   static void input_grad(CudaKernel kernel, const ConvProblem& p, const Tensor& grad, const Tensor& weight,
                          Tensor& grad_input) {
     const OnDevice device(grad);
+    const void *from_grad = grad.const_data_ptr(), *from_weight = weight.const_data_ptr();
+    void* to = grad_input.mutable_data_ptr();
+    if (kernel == CudaKernel::gemm_fp32_input_grad) {
+      Workspace workspace(grad, implicit_gemm_fp32_input_grad_workspace(p));
+      launch_implicit_gemm_fp32_input_grad(p, from_grad, from_weight, to, workspace.floats(), device.stream());
+      count_call(kernel);
+      return;
+    }
     const auto launch = kernel == CudaKernel::depthwise_input_grad       ? launch_depthwise_input_grad
                         : kernel == CudaKernel::stem_input_grad          ? launch_stem_input_grad
                         : kernel == CudaKernel::conv2d_input_grad_direct ? launch_direct_input_grad
                                                                          : nullptr;
     if (launch == nullptr) no_launcher();
-    launch(p, grad.const_data_ptr(), weight.const_data_ptr(), grad_input.mutable_data_ptr(), device.stream());
+    launch(p, from_grad, from_weight, to, device.stream());
     count_call(kernel);
   }
 
@@ -72,6 +88,9 @@ struct CudaConv2d {
     } else if (kernel == CudaKernel::stem_weight_grad) {
       Workspace workspace(grad, stem_weight_grad_workspace(p));
       launch_stem_weight_grad(p, from_grad, from_x, to, workspace.floats(), device.stream());
+    } else if (kernel == CudaKernel::gemm_fp32_weight_grad) {
+      Workspace workspace(grad, implicit_gemm_fp32_weight_grad_workspace(p));
+      launch_implicit_gemm_fp32_weight_grad(p, from_grad, from_x, to, workspace.floats(), device.stream());
     } else if (kernel == CudaKernel::conv2d_weight_grad_direct) {
       launch_direct_weight_grad(p, from_grad, from_x, to, device.stream());
     } else {

@@ -14,6 +14,18 @@ void launch_direct_input_grad(const ConvProblem& p, const void* grad_y, const vo
 void launch_direct_weight_grad(const ConvProblem& p, const void* grad_y, const void* x, void* grad_weight,
                                cudaStream_t stream);
 
+/// These throw where cuda_implicit_gemm_plan.h gives a reason. A workspace holds as many float32 numbers as the
+/// function below says; with none it may be null.
+void launch_implicit_gemm_fp32_forward(const ConvProblem& p, const void* x, const void* weight, void* y,
+                                       const CudaEpilogue& epilogue, float* workspace, cudaStream_t stream);
+void launch_implicit_gemm_fp32_input_grad(const ConvProblem& p, const void* grad_y, const void* weight, void* grad_x,
+                                          float* workspace, cudaStream_t stream);
+void launch_implicit_gemm_fp32_weight_grad(const ConvProblem& p, const void* grad_y, const void* x, void* grad_weight,
+                                           float* workspace, cudaStream_t stream);
+int64_t implicit_gemm_fp32_forward_workspace(const ConvProblem& p);
+int64_t implicit_gemm_fp32_input_grad_workspace(const ConvProblem& p);
+int64_t implicit_gemm_fp32_weight_grad_workspace(const ConvProblem& p);
+
 /// These throw where cuda_stem_refuse.h gives a reason.
 void launch_stem_forward(const ConvProblem& p, const void* x, const void* weight, void* y, const CudaEpilogue& epilogue,
                          cudaStream_t stream);

@@ -3,6 +3,7 @@
 
 #include "common/registry.h"
 #include "conv2d/candidates.h"
+#include "conv2d/cuda_implicit_gemm_plan.h"
 #include "conv2d/cuda_stem_refuse.h"
 #include "depthwise/cuda_refuse.h"
 
@@ -25,6 +26,8 @@ inline constexpr ConvCandidate<CudaKernel> kCudaConvCandidates[] = {
      [](const ConvProblem& p, ConvPass) { return refuse_stem_cuda(p); }, &refuse_nothing},
     {"depthwise", CudaKernel::depthwise, CudaKernel::depthwise_input_grad, CudaKernel::depthwise_weight_grad,
      [](const ConvProblem& p, ConvPass) { return refuse_depthwise_cuda(p); }, &refuse_nothing},
+    {"implicit_gemm_fp32", CudaKernel::gemm_fp32, CudaKernel::gemm_fp32_input_grad, CudaKernel::gemm_fp32_weight_grad,
+     &refuse_implicit_gemm_fp32, &avoid_implicit_gemm_fp32},
     {"direct", CudaKernel::conv2d_direct, CudaKernel::conv2d_input_grad_direct, CudaKernel::conv2d_weight_grad_direct,
      &refuse_direct_cuda, &refuse_nothing},
 };
