@@ -87,37 +87,30 @@ class CudaRun:
     def output(self, name: str) -> Tensor:
         return empty(self.tensors[name].shape, self.problem.dtype, self.channels_last, self.offset)
 
-    def call(self, library: Library, op: str, algo: str, *arguments: Argument) -> None:
-        """The launcher, with a workspace of NaN of the size it asks for, if it asks for one."""
+    def call(self, library: Library, op: str, algo: str, result: Tensor, *arguments: Argument) -> Tensor:
+        """Runs the launcher, with a workspace of NaN of the size it asks for, if it asks for one."""
         if (f"{op}_workspace", algo) not in library.signatures:
-            library.call(op, algo, *arguments)
-            return
-        floats = library.call(f"{op}_workspace", algo, self.described)
-        assert floats is not None
-        workspace = placed(torch.full((floats,), NAN), 0)
-        library.call(op, algo, *arguments, workspace)
-        assert_guarded(workspace)
+            library.call(op, algo, self.described, *arguments)
+        else:
+            floats = library.call(f"{op}_workspace", algo, self.described)
+            assert floats is not None
+            workspace = placed(torch.full((floats,), NAN), 0)
+            library.call(op, algo, self.described, *arguments, workspace)
+            assert_guarded(workspace)
+        assert_guarded(result)
+        return result
 
     def forward(self, library: Library, algo: str, epilogue: CudaEpilogue | None = None) -> Tensor:
-        y = self.output("grad")
-        arguments = (self.described, self.tensors["x"], self.tensors["weight"], y, epilogue or CudaEpilogue.of())
-        self.call(library, "conv2d", algo, *arguments)
-        assert_guarded(y)
-        return y
+        y, x, weight = self.output("grad"), self.tensors["x"], self.tensors["weight"]
+        return self.call(library, "conv2d", algo, y, x, weight, y, epilogue or CudaEpilogue.of())
 
     def input_grad(self, library: Library, algo: str) -> Tensor:
-        grad_x = self.output("x")
-        arguments = (self.described, self.tensors["grad"], self.tensors["weight"], grad_x)
-        self.call(library, "conv2d_input_grad", algo, *arguments)
-        assert_guarded(grad_x)
-        return grad_x
+        grad_x, grad, weight = self.output("x"), self.tensors["grad"], self.tensors["weight"]
+        return self.call(library, "conv2d_input_grad", algo, grad_x, grad, weight, grad_x)
 
     def weight_grad(self, library: Library, algo: str) -> Tensor:
-        grad_weight = self.output("weight")
-        arguments = (self.described, self.tensors["grad"], self.tensors["x"], grad_weight)
-        self.call(library, "conv2d_weight_grad", algo, *arguments)
-        assert_guarded(grad_weight)
-        return grad_weight
+        grad_weight, grad, x = self.output("weight"), self.tensors["grad"], self.tensors["x"]
+        return self.call(library, "conv2d_weight_grad", algo, grad_weight, grad, x, grad_weight)
 
     def results(self, library: Library, algo: str) -> Results:
         return {

@@ -146,12 +146,32 @@ GEMM = [
     Bug("conv2d/cuda_implicit_gemm_plan.h", "ceil_div(p.h, p.stride.h)", "p.h / p.stride.h"),
 ]
 
+MMA = [
+    Bug(f"conv2d/cuda_implicit_gemm_mma{part}", right, wrong)
+    for part, right, wrong in (
+        ("_loop.cuh", "ptx::cp_async_wait_group<kStages - 2>();", "ptx::cp_async_wait_group<kStages - 1>();"),
+        ("_operands.cuh", "count > 0 ? 16 : 0", "16"),
+        ("_operands.cuh", "i < count ? from[i] : from_float<T>(0.0f)", "from[i]"),
+        ("_operands.cuh", "channel + i * kDepths < channels", "true"),
+        ("_operands.cuh", "at[i].high < block.h.taps && filter < p.depth && rest > 0", "rest > 0"),
+        ("_gather.cuh", "at.high < p.depth ? 1u << at.middle | 0x10000u << at.low : kNoRow", "1u << at.middle"),
+        ("_gather.cuh", "filter < p.depth && row < block.h.taps ? 1 : kNoRow", "1"),
+        ("_output.cuh", "h >= block.h.write_size || w >= block.w.write_size", "false"),
+        ("_forward.cu", "all_vectors(p, p.c_per_group(), tensors.read, tensors.weight)", "true"),
+        ("_shares.cuh", "sum += partial[int64_t{share} * results + at];", "sum += partial[at];"),
+        ("_weight_operands.cuh", "at < p.pixels && rest > 0", "rest > 0"),
+        ("_weight_operands.cuh", "exists && i * kStep < rest", "i * kStep < rest"),
+        ("_weight_grad.cu", "tap < taps ? p.depth - channel : 0", "p.depth - channel"),
+    )
+]
+
 FAMILIES = {
     "pool": (POOL, 40),
     "norm": (NORM, 80),
     "depthwise": (DEPTHWISE, 40),
     "stem": (STEM, 20),
     "gemm": (GEMM, 24),
+    "mma": (MMA, 25),
 }
 
 
