@@ -3,9 +3,10 @@
 // Three tensors meet in every pass: an `image`, over which windows slide; a `grid`, which has one pixel for each
 // window; and the weight. Two of them are multiplied and give the third, a product for each group:
 //
-//   forward          image x, grid y     grid[pixel, channel]  = sum over taps    image[pixel, tap] * weight[channel,
-//   tap] input gradient   image dy, grid dx   the same, once for each phase of dx, with the taps that reach it weight
-//   gradient  image x, grid dy    weight[channel, tap]  = sum over pixels  grid[pixel, channel] * image[pixel, tap]
+//   pass             image   grid   product, a sum over
+//   forward          x       y      taps:    grid[pixel, channel]  = image[pixel, tap]    * weight[channel, tap]
+//   input gradient   dy      dx     the same, once for each phase of dx, with the taps that reach it
+//   weight gradient  x       dy     pixels:  weight[channel, tap]  = grid[pixel, channel] * image[pixel, tap]
 //
 // A tap is a place in the window and a channel of the image. So every matrix has a pixel, a channel of the grid or a
 // tap along each side, and every element of every tensor is found by adding what its two indices contribute: two

@@ -1,7 +1,7 @@
 // A convolution, or its input gradient, as the product that implicit_gemm_mma computes for every group:
 //
-//   y[channel, pixel] = sum over depth channels d and taps t of weight[channel, d, t] * x[d, pixel * step + offset of
-//   t]
+//   y[channel, pixel] = sum over depth channels d and taps t of
+//                       weight[channel, d, t] * x[d, pixel * step + offset of t]
 //
 // gemm_conv.h says the same of the CPU kernels. An input gradient with strides (a, b) is a * b such products
 // ("phases"), all of them in one launch; the forward pass is one phase. How the axes of a phase follow from the
