@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 _ROUNDED = "implicit_gemm_tf32"
-# Its sums are as good as float32's, but an infinite number becomes NaN (csrc/conv2d/README.md): by name alone.
+# Its sums are as good as float32's, but an infinite number becomes NaN (csrc/conv2d/README_cuda.md): by name alone.
 _BY_NAME = frozenset({"implicit_gemm_3xtf32"})
 
 
