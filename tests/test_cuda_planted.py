@@ -161,7 +161,19 @@ MMA = [
         ("_shares.cuh", "sum += partial[int64_t{share} * results + at];", "sum += partial[at];"),
         ("_weight_operands.cuh", "at < p.pixels && rest > 0", "rest > 0"),
         ("_weight_operands.cuh", "exists && i * kStep < rest", "i * kStep < rest"),
-        ("_weight_grad.cu", "tap < taps ? p.depth - channel : 0", "p.depth - channel"),
+        ("_weight_grad.cuh", "tap < taps ? p.depth - channel : 0", "p.depth - channel"),
+    )
+]
+TF32 = [
+    Bug(f"conv2d/cuda_implicit_gemm_mma{part}", right, wrong)
+    for part, right, wrong in (
+        ("_loop.cuh", "__uint_as_float(bits) - __uint_as_float(tf32_of(bits))", "0.0f"),
+        ("_loop.cuh", "ptx::mma_m16n8k8_tf32(d, left_rest, right);", ";"),
+        ("_loop.cuh", "ptx::mma_m16n8k8_tf32(d, left, right_rest);", ";"),
+        ("_weight_floats.cuh", "pixel < p.pixels ? rest : 0", "rest"),
+        ("_weight_floats.cuh", "if (at < 0) count = 0;", ";"),
+        ("_weight_floats.cuh", "i < count ? from[i] : 0.0f", "from[i]"),
+        ("_tf32.cu", "all_vectors(p, p.k_per_group(), grad_y)", "true"),
     )
 ]
 
@@ -172,6 +184,7 @@ FAMILIES = {
     "stem": (STEM, 20),
     "gemm": (GEMM, 24),
     "mma": (MMA, 25),
+    "tf32": (TF32, 25),
 }
 
 
