@@ -141,21 +141,28 @@ def slow_on_cuda(
     input: Tensor, weight: Tensor, stride: Any, dilation: Any, groups: int, algo: str | None
 ) -> str | None:
     """Why cuDNN should have a convolution that the CUDA kernels could compute."""
-    if not input.is_cuda or algo is not None or not only_direct_serves(weight.shape, stride, dilation, groups):
+    if not input.is_cuda or algo is not None:
+        return None
+    if not only_general_kernels_serve(weight.shape, stride, dilation, groups, input.dtype):
         return None
     return (
-        "of the CUDA kernels only direct, the plain reference, serves this convolution, and cuDNN is far faster; pass "
-        'algo="direct" to run it'
+        "of the CUDA kernels only those for any convolution serve this one, and they have not been timed beside cuDNN; "
+        'pass algo="implicit_gemm_fp32" or "implicit_gemm_3xtf32" (float32 alone) or "direct" (the plain reference) '
+        "to run one"
     )
 
 
-def only_direct_serves(weight_shape: Sequence[int], stride: Any, dilation: Any, groups: int) -> bool:
-    """True if the other CUDA kernels of csrc/conv2d/cuda_select.h refuse, whatever the size of the images.
+def only_general_kernels_serve(
+    weight_shape: Sequence[int], stride: Any, dilation: Any, groups: int, dtype: torch.dtype
+) -> bool:
+    """True if csrc/conv2d/cuda_select.h chooses direct or implicit_gemm_fp32, whatever the size of the images.
 
-    Those sizes are left out, and the native library is not asked, because ``torch.compile`` goes through here: it would
-    have to fix the sizes, and break the graph at the question.
+    The size of the images is left out, and the native library is not asked, because ``torch.compile`` goes through
+    here: it would have to fix the sizes, and break the graph at the question.
     """
     filters, depth, rows, columns = weight_shape
+    if dtype in (torch.float16, torch.bfloat16) and max(depth, filters // groups) >= 4 and max(rows, columns) <= 15:
+        return False  # implicit_gemm_mma, which takes larger windows in channels_last alone
     if max(dilation) > 1:
         return True
     stem = groups == 1 and depth <= 4 and max(rows, columns) <= 11 and max(stride) <= 4

@@ -64,6 +64,10 @@ _CPU_CONVOLUTIONS: _Convolutions = (
 _CUDA_CONVOLUTIONS: _Convolutions = (
     ("direct", 1, "direct", _DENSE),
     ("grouped", 2, "direct", _GROUPED),
+    ("implicit_gemm_fp32", 1, "implicit_gemm_fp32", _DENSE),
+    ("implicit_gemm_fp32 grouped", 2, "implicit_gemm_fp32", _GROUPED),
+    ("implicit_gemm_3xtf32", 1, "implicit_gemm_3xtf32", _DENSE),
+    ("implicit_gemm_3xtf32 grouped", 2, "implicit_gemm_3xtf32", _GROUPED),
     ("stem", 1, "stem", _STEM),
     ("depthwise", 18, "depthwise", _PER_CHANNEL),
 )

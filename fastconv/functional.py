@@ -16,7 +16,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from fastconv import _arguments, _eager
 from fastconv._arguments import pair
-from fastconv._library import torch_calls
+from fastconv._library import runs_cuda_kernels, torch_calls
+from fastconv._precision import precision_refusal
 from fastconv.ops import conv2d as _conv2d
 from fastconv.ops import max_pool as _max_pool
 from fastconv.ops import norm as _norm
@@ -88,6 +89,8 @@ def conv2d(
     refusal = _arguments.conv2d_refusal(input, weight, bias, strides, paddings, dilations, count)
     if refusal is None:
         refusal = _arguments.slow_on_cuda(input, weight, strides, dilations, count, algo)
+    if refusal is None and algo is not None and runs_cuda_kernels(input):
+        refusal = precision_refusal(algo)
     if refusal is not None or strides is None or dilations is None:
         by_torch: Tensor = _by_torch(
             "conv2d", _torch_conv2d, refusal, input, weight, bias, stride, padding, dilation, groups

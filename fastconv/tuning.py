@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastconv._library import EMULATED, runs_cuda_kernels
 from fastconv._plans import plan_of
+from fastconv._precision import may_be_chosen
 from fastconv.ops._autograd import call_raw, suggested_format
 
 __all__ = ["clear", "load", "save", "winners"]
@@ -87,7 +88,7 @@ def call_tuned(op: Any, *args: Any) -> Any:
 def _winner(op: Any, args: tuple[Any, ...]) -> str | None:
     key = _key(op, args)
     known = _winners.get(key)
-    if known is not None:
+    if known is not None and may_be_chosen(known):
         return known
     candidate = _loaded.get(key)
     may_measure = bool(torch.backends.cudnn.benchmark) and _can_be_timed(args[0])
@@ -96,14 +97,16 @@ def _winner(op: Any, args: tuple[Any, ...]) -> str | None:
     plan = plan_of(op, args, None)
     if plan is None:
         return None
-    algos = [plan.kernel.split("/")[-1], *plan.others]
+    algos = [algo for algo in (plan.kernel.split("/")[-1], *plan.others) if may_be_chosen(algo)]
     if candidate in algos:
         _winners[key] = candidate
         return candidate
     if not may_measure:
         return None
     with _lock:
-        winner = _winners.get(key) or _fastest(algos, lambda algo: call_raw(op, *args[:-1], algo), args[0])
+        winner = _winners.get(key)
+        if winner not in algos:
+            winner = _fastest(algos, lambda algo: call_raw(op, *args[:-1], algo), args[0])
         _winners[key] = winner
     return winner
 

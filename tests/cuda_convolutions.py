@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from cuda_memory import check_guards as assert_guarded
 from cuda_memory import room
-from emulator_library import ConvProblem, DType, Library, note_error
+from emulator_library import Argument, ConvProblem, DType, Library, note_error
 from reference import Conv, Results, allowances, assert_within, results_by_torch
 from torch import Tensor
 
@@ -87,33 +87,30 @@ class CudaRun:
     def output(self, name: str) -> Tensor:
         return empty(self.tensors[name].shape, self.problem.dtype, self.channels_last, self.offset)
 
-    def forward(self, library: Library, algo: str, epilogue: CudaEpilogue | None = None) -> Tensor:
-        y = self.output("grad")
-        arguments = (self.described, self.tensors["x"], self.tensors["weight"], y, epilogue or CudaEpilogue.of())
-        library.call("conv2d", algo, *arguments)
-        assert_guarded(y)
-        return y
-
-    def input_grad(self, library: Library, algo: str) -> Tensor:
-        grad_x = self.output("x")
-        library.call("conv2d_input_grad", algo, self.described, self.tensors["grad"], self.tensors["weight"], grad_x)
-        assert_guarded(grad_x)
-        return grad_x
-
-    def weight_grad(self, library: Library, algo: str) -> Tensor:
-        grad_weight = self.output("weight")
-        arguments: list[Tensor | ConvProblem] = [self.described, self.tensors["grad"], self.tensors["x"], grad_weight]
-        workspace = None
-        if ("conv2d_weight_grad_workspace", algo) in library.signatures:
-            floats = library.call("conv2d_weight_grad_workspace", algo, self.described)
+    def call(self, library: Library, op: str, algo: str, result: Tensor, *arguments: Argument) -> Tensor:
+        """Runs the launcher, with a workspace of NaN of the size it asks for, if it asks for one."""
+        if (f"{op}_workspace", algo) not in library.signatures:
+            library.call(op, algo, self.described, *arguments)
+        else:
+            floats = library.call(f"{op}_workspace", algo, self.described)
             assert floats is not None
             workspace = placed(torch.full((floats,), NAN), 0)
-            arguments.append(workspace)
-        library.call("conv2d_weight_grad", algo, *arguments)
-        assert_guarded(grad_weight)
-        if workspace is not None:
+            library.call(op, algo, self.described, *arguments, workspace)
             assert_guarded(workspace)
-        return grad_weight
+        assert_guarded(result)
+        return result
+
+    def forward(self, library: Library, algo: str, epilogue: CudaEpilogue | None = None) -> Tensor:
+        y, x, weight = self.output("grad"), self.tensors["x"], self.tensors["weight"]
+        return self.call(library, "conv2d", algo, y, x, weight, y, epilogue or CudaEpilogue.of())
+
+    def input_grad(self, library: Library, algo: str) -> Tensor:
+        grad_x, grad, weight = self.output("x"), self.tensors["grad"], self.tensors["weight"]
+        return self.call(library, "conv2d_input_grad", algo, grad_x, grad, weight, grad_x)
+
+    def weight_grad(self, library: Library, algo: str) -> Tensor:
+        grad_weight, grad, x = self.output("weight"), self.tensors["grad"], self.tensors["x"]
+        return self.call(library, "conv2d_weight_grad", algo, grad_weight, grad, x, grad_weight)
 
     def results(self, library: Library, algo: str) -> Results:
         return {
@@ -127,9 +124,9 @@ class CudaRun:
         x, weight, grad = (self.tensors[name] for name in ("x", "weight", "grad"))
         params = self.problem.params
         return {
-            "output": ops.conv2d(x, weight, None, *params, None),
-            "input": ops.conv2d_input_grad(grad, weight, x.shape[2:], *params, None),
-            "weight": ops.conv2d_weight_grad(grad, x, weight.shape[2:], *params, None),
+            "output": ops.conv2d(x, weight, None, *params, "direct"),
+            "input": ops.conv2d_input_grad(grad, weight, x.shape[2:], *params, "direct"),
+            "weight": ops.conv2d_weight_grad(grad, x, weight.shape[2:], *params, "direct"),
         }
 
 

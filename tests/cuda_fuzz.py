@@ -20,12 +20,15 @@ from pathlib import Path
 
 import test_cuda_conv2d
 import test_cuda_depthwise
+import test_cuda_implicit_gemm
+import test_cuda_implicit_gemm_mma
+import test_cuda_implicit_gemm_tf32
 import test_cuda_norm
 import test_cuda_pool
 import test_cuda_pool_average
 import test_cuda_stem
 import torch
-from cuda_convolutions import CudaRun, assert_matches
+from cuda_convolutions import ACTIVATIONS, CudaRun, assert_matches, check_epilogue
 from cuda_memory import DTYPES, generators, whole_numbers
 from cuda_pools import drawn, gradient_of
 from emulator_library import Library, Timing, build
@@ -51,6 +54,35 @@ def fuzz_stem(library: Library, seed: int) -> None:
     if seed % 5 == 1:
         for algo in ("stem", "stem_mma"):
             test_cuda_stem.check_nan(library, algo, *say((3, 1), (5, 1), (7, 2))[seed % 3], seed % 2 == 0)
+
+
+def fuzz_gemm(library: Library, seed: int) -> None:
+    dice = random.Random(seed)
+    problem = test_cuda_implicit_gemm.random_problem(seed)
+    if seed % 3 == 0:  # several looked-up batches of the depth, and on a large device several parts
+        problem = replace(problem, n=dice.randint(1, 4), c_per_group=dice.choice([28, 41, 64]), k_per_group=33)
+    test_cuda_implicit_gemm.check(library, say(problem), seed % 4 < 2, dice.choice([0, 0, 1, 4]))
+    if seed % 3 == 0:
+        activation = dice.choice(list(ACTIVATIONS))
+        check_epilogue(library, test_cuda_implicit_gemm.ALGO, problem, activation, seed % 2 == 0)
+
+
+def fuzz_mma(library: Library, seed: int) -> None:
+    problem, dice = test_cuda_implicit_gemm_mma.random_problem(seed), random.Random(seed)
+    kind = dice.choice(["any", "any", "planes", "shares"])
+    if kind == "planes":  # 1x1 on planes of whole chunks
+        problem = replace(problem, kernel=(1, 1), padding=(0,) * 4, stride=(1, 1), size=(dice.randint(1, 9), 8))
+        problem = replace(problem, c_per_group=8 * dice.randint(1, 9), k_per_group=8 * dice.randint(1, 9))
+    if kind == "shares":  # of the depth, and of the pixels; no 3x3, which the CPU may compute by Winograd
+        problem = replace(problem, n=5, size=(14, 15), kernel=(3, 2), c_per_group=100, k_per_group=70, groups=1)
+        library.configure(seed=seed, sm_count=132)
+    test_cuda_implicit_gemm_mma.check(library, say(problem), dice.random() < 0.5, dice.choice([0, 0, 1]))
+
+
+def fuzz_tf32(library: Library, seed: int) -> None:
+    problem = replace(test_cuda_implicit_gemm_mma.random_problem(seed), dtype=torch.float32)
+    algo = ("implicit_gemm_tf32", "implicit_gemm_3xtf32")[seed // 2 % 2]
+    test_cuda_implicit_gemm_tf32.check(library, algo, say(problem), seed % 2 == 0, seed % 3)
 
 
 def fuzz_depthwise(library: Library, seed: int) -> None:
@@ -100,6 +132,9 @@ FAMILIES: dict[str, tuple[list[str], Callable[[Library, int], None]]] = {
     "direct": (test_cuda_conv2d.SOURCES, fuzz_direct),
     "bias": (test_cuda_conv2d.SOURCES, fuzz_bias),
     "stem": (test_cuda_stem.SOURCES, fuzz_stem),
+    "gemm": (test_cuda_implicit_gemm.SOURCES, fuzz_gemm),
+    "mma": (test_cuda_implicit_gemm_mma.SOURCES, fuzz_mma),
+    "tf32": (test_cuda_implicit_gemm_tf32.SOURCES, fuzz_tf32),
     "depthwise": (test_cuda_depthwise.SOURCES, fuzz_depthwise),
     "pool": (test_cuda_pool.SOURCES, fuzz_pool),
     "norm": (test_cuda_norm.SOURCES, fuzz_norm),

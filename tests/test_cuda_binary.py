@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = next(iter(sorted((ROOT / "fastconv").glob("_C_cuda*.so"))), None)
 LOGS = sorted((ROOT / "build" / "cuda").glob("**/*.ptxas"))
 SOURCES = sorted((ROOT / "csrc").glob("**/cuda*.cu"))
+MMA_SOURCES = [source for source in SOURCES if source.stem.startswith("cuda_implicit_gemm_mma")]
+COPIED_TILES = ("MmaTileILi128ELi128ELi64ELi2EE", "MmaTileILi64ELi64ELi32ELi4EE")
+CUOBJDUMP = shutil.which("cuobjdump")
 
 pytestmark = pytest.mark.skipif(LIBRARY is None and not LOGS, reason="no CUDA library; `make cuda` builds it")
 binutils = pytest.mark.skipif(
@@ -126,6 +129,31 @@ def test_kernels_keep_out_of_local_memory(source):
     assert not spilling, f"kernels with a stack frame or spills: {spilling}"
     wanted = {"sm_90a"} if source.stem.endswith("_sm90") else {"sm_80", "sm_90a"}
     assert {e["arch"] for e in entries} == wanted
+
+
+def machine_code(source: Path) -> dict[str, str]:
+    """Of each kernel, for sm_80: mangled name -> instructions."""
+    found = next(iter((ROOT / "build").glob(f"*/csrc/{source.relative_to(ROOT / 'csrc').with_suffix('.o')}")), None)
+    if found is None or CUOBJDUMP is None:
+        pytest.skip("needs the objects of `make cuda` and cuobjdump (of the CUDA toolkit, with nvdisasm)")
+    text = output_of(CUOBJDUMP, "-sass", "-arch", "sm_80", found)
+    return {name: code for part in text.split("Function : ")[1:] for name, _, code in [part.partition("\n")]}
+
+
+@pytest.mark.parametrize("source", MMA_SOURCES, ids=lambda source: source.stem)
+def test_tensor_cores_are_fed_by_16_byte_copies(source):
+    kernels = {name: code for name, code in machine_code(source).items() if re.search(r"\dimplicit_gemm_mma", name)}
+    assert kernels
+    copied = 0
+    for name, code in kernels.items():
+        assert "HMMA." in code, name
+        assert "LDSM." in code, name
+        if any(tile in name for tile in COPIED_TILES):
+            copied += 1
+            assert re.search(r"LDGSTS\S*\.128", code), name
+        if "implicit_gemm_mma_weight_grad" not in name:
+            assert "STG.E.128" in code, name
+    assert copied, "no kernel has the tiles whose slices are copied"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(ROOT / "csrc")))

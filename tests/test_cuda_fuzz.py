@@ -28,5 +28,5 @@ def test_under_address_sanitizer() -> None:
     # libstdc++ is preloaded as well, because ASan must find its __cxa_throw when it starts.
     names = ("libasan.so", "libstdc++.so")
     found = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
-    families = ["stem", "depthwise", "pool", "norm"]
+    families = ["stem", "gemm", "mma", "tf32", "depthwise", "pool", "norm"]
     run(families, 3, "--kind", "address", LD_PRELOAD=" ".join(found), ASAN_OPTIONS="detect_leaks=0")

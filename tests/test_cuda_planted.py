@@ -115,8 +115,77 @@ STEM = [
     Bug("conv2d/cuda_stem_weight_grad.cu", "turn == 0", "false"),
     Bug("conv2d/cuda_stem_mma.cu", "inside ? from[base[2 * m]] : uint2{0, 0}", "from[base[2 * m]]"),
 ]
+GEMM = [
+    Bug("conv2d/cuda_implicit_gemm.cuh", "at >= 0 && at < size", "at < size"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "index >= extent<kAxis>(g, windows)", "false"),
+    Bug(
+        "conv2d/cuda_implicit_gemm.cuh",
+        "(a.rows & b.rows) != 0 && (a.columns & b.columns) != 0",
+        "(a.rows & b.rows) != 0 && b.columns != 0",
+    ),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "(origin - r * apart) % by != 0", "false"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "r - first", "by"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "every * apart / by", "every"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "phase % g.phases_w", "phase % g.phases_h"),
+    Bug("conv2d/cuda_implicit_gemm.cuh", "w.first + s * w.every", "s * w.every"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "ptx::cp_async_wait_group<0>();", "ptx::cp_async_wait_group<1>();"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "stage % kStagesLookedUp == 0", "stage == 0"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "stage / kStagesLookedUp % 2", "0"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "min(share, stages - block.first_stage)", "share + 1"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "reinterpret_cast<uintptr_t>(result + first) % 16 == 0", "true"),
+    Bug(
+        "conv2d/cuda_implicit_gemm_fp32.cuh",
+        "shared.columns[column + 3].offset == shared.columns[column].offset + 3",
+        "true",
+    ),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "block.group * at.columns_group", "0"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "block.group * at.result_group", "0"),
+    Bug("conv2d/cuda_implicit_gemm_fp32.cuh", "index / channel_elements % channels", "index % channels"),
+    Bug("conv2d/cuda_implicit_gemm_fp32_launch.cuh", "is_aligned(data, together, sizeof(float), 16)", "together > 3"),
+    Bug("conv2d/cuda_implicit_gemm_fp32_launch.cuh", "tensor == GemmTensor::grid || one_pixel", "true"),
+    Bug("conv2d/cuda_implicit_gemm_plan.h", "ceil_div(p.h, p.stride.h)", "p.h / p.stride.h"),
+]
 
-FAMILIES = {"pool": (POOL, 40), "norm": (NORM, 80), "depthwise": (DEPTHWISE, 40), "stem": (STEM, 20)}
+MMA = [
+    Bug(f"conv2d/cuda_implicit_gemm_mma{part}", right, wrong)
+    for part, right, wrong in (
+        ("_loop.cuh", "ptx::cp_async_wait_group<kStages - 2>();", "ptx::cp_async_wait_group<kStages - 1>();"),
+        ("_operands.cuh", "count > 0 ? 16 : 0", "16"),
+        ("_operands.cuh", "i < count ? from[i] : from_float<T>(0.0f)", "from[i]"),
+        ("_operands.cuh", "channel + i * kDepths < channels", "true"),
+        ("_operands.cuh", "at[i].high < block.h.taps && filter < p.depth && rest > 0", "rest > 0"),
+        ("_gather.cuh", "at.high < p.depth ? 1u << at.middle | 0x10000u << at.low : kNoRow", "1u << at.middle"),
+        ("_gather.cuh", "filter < p.depth && row < block.h.taps ? 1 : kNoRow", "1"),
+        ("_output.cuh", "h >= block.h.write_size || w >= block.w.write_size", "false"),
+        ("_forward.cu", "all_vectors(p, p.c_per_group(), tensors.read, tensors.weight)", "true"),
+        ("_shares.cuh", "sum += partial[int64_t{share} * results + at];", "sum += partial[at];"),
+        ("_weight_operands.cuh", "at < p.pixels && rest > 0", "rest > 0"),
+        ("_weight_operands.cuh", "exists && i * kStep < rest", "i * kStep < rest"),
+        ("_weight_grad.cuh", "tap < taps ? p.depth - channel : 0", "p.depth - channel"),
+    )
+]
+TF32 = [
+    Bug(f"conv2d/cuda_implicit_gemm_mma{part}", right, wrong)
+    for part, right, wrong in (
+        ("_loop.cuh", "__uint_as_float(bits) - __uint_as_float(tf32_of(bits))", "0.0f"),
+        ("_loop.cuh", "ptx::mma_m16n8k8_tf32(d, left_rest, right);", ";"),
+        ("_loop.cuh", "ptx::mma_m16n8k8_tf32(d, left, right_rest);", ";"),
+        ("_weight_floats.cuh", "pixel < p.pixels ? rest : 0", "rest"),
+        ("_weight_floats.cuh", "if (at < 0) count = 0;", ";"),
+        ("_weight_floats.cuh", "i < count ? from[i] : 0.0f", "from[i]"),
+        ("_tf32.cu", "all_vectors(p, p.k_per_group(), grad_y)", "true"),
+    )
+]
+
+FAMILIES = {
+    "pool": (POOL, 40),
+    "norm": (NORM, 80),
+    "depthwise": (DEPTHWISE, 40),
+    "stem": (STEM, 20),
+    "gemm": (GEMM, 24),
+    "mma": (MMA, 25),
+    "tf32": (TF32, 25),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

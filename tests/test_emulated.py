@@ -20,6 +20,7 @@ TESTS = Path(__file__).resolve().parent
 FILES = {
     "test_gpu.py": "",
     "test_gpu_tuning.py": "",
+    "test_gpu_gemm.py": "",
     "test_opinfo.py": "not float64",
     "test_moduleinfo.py": "not float64",
 }
@@ -48,7 +49,7 @@ def test_the_doctor_checks_the_emulated_kernels():
     command = [sys.executable, "-m", "fastconv", "doctor"]
     result = subprocess.run(command, env=environment(emulator.build_ops()), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"emulated/conv2d +direct, stem", result.stdout)
+    assert re.search(r"emulated/conv2d +direct, stem, stem_mma, implicit_gemm_mma", result.stdout)
     assert re.search(r"conv2d stem channels_last +ok .*emulated/conv2d/stem", result.stdout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -250,37 +251,47 @@ def test_can_run_gives_functionals_own_reasons():
         backends.can_run("conv3d", x, weight)
 
 
-def test_cudnn_keeps_the_convolutions_that_only_the_reference_serves():
+def test_cudnn_keeps_the_convolutions_that_only_general_kernels_serve():
     class OnCuda(torch.Tensor):
         is_cuda = True
 
-    for channels, algo, left in ((8, None, True), (8, "direct", False), (3, None, False)):
-        x, weight = torch.empty(1, channels, 6, 6), torch.empty(8, channels, 3, 3)
+    float32, float16 = torch.float32, torch.float16
+    for channels, dtype, algo, left in (
+        (8, float32, None, True), (8, float32, "direct", False), (3, float32, None, False), (8, float16, None, False),
+    ):  # fmt: skip
+        x, weight = torch.empty(1, channels, 6, 6, dtype=dtype), torch.empty(8, channels, 3, 3, dtype=dtype)
         params = ((1, 1), (1, 1), 1, algo)
         assert (_arguments.slow_on_cuda(x.as_subclass(OnCuda), weight, *params) is not None) == left
         assert _arguments.slow_on_cuda(x, weight, *params) is None
 
 
-def test_what_only_the_reference_serves_is_what_the_native_choice_says():
-    served = 0
-    for depth, groups, filters, rows, columns, stride, dilation, layout in itertools.product(
-        (1, 3, 4, 5), (1, 2, 16), (1, 2), (1, 3, 7, 11, 12), (3, 5, 7), ((1, 1), (2, 2), (1, 2), (4, 4), (5, 1)),
-        ((1, 1), (2, 1)), (False, True),
+def test_what_only_general_kernels_serve_is_what_the_native_choice_says():
+    general = ("direct", "implicit_gemm_fp32")
+    served: Counter[str] = Counter()
+    for depth, groups, filters, rows, columns, stride, dilation, layout, dtype in itertools.product(
+        (1, 3, 4, 5), (1, 2, 16), (1, 2, 32), (1, 3, 7, 11, 12), (3, 5, 7), ((1, 1), (2, 2), (1, 2), (4, 4), (5, 1)),
+        ((1, 1), (2, 1)), (False, True), (torch.float32, torch.float16),
     ):  # fmt: skip
         weight = (filters * groups, depth, rows, columns)
         plan = _C.plan_conv2d(
             (2, depth * groups, 40, 40), weight, stride=stride, padding=(1,) * 4, dilation=dilation, groups=groups,
-            channels_last=layout, dtype="float32", pass_name="forward", device="cuda",
+            channels_last=layout, dtype=str(dtype).removeprefix("torch."), pass_name="forward", device="cuda",
         )  # fmt: skip
-        assert _arguments.only_direct_serves(weight, stride, dilation, groups) == (plan["algo"] == "direct")
-        served += plan["algo"] != "direct"
-    assert served > 100
+        only_general = _arguments.only_general_kernels_serve(weight, stride, dilation, groups, dtype)
+        assert only_general == (plan["algo"] in general)
+        served[plan["algo"]] += 1
+    assert set(served) == {*general, "implicit_gemm_mma", "stem", "stem_mma", "depthwise"}
+    assert sum(count for algo, count in served.items() if algo not in general) > 100
 
 
 def test_the_question_who_serves_does_not_break_a_compiled_graph():
     @torch.compile(fullgraph=True, dynamic=True, backend="eager")
     def call(x, weight, stride):
-        x = x + 1 if _arguments.only_direct_serves(weight.shape, (stride, stride), (1, 1), 1) else x - 1
+        x = (
+            x + 1
+            if _arguments.only_general_kernels_serve(weight.shape, (stride, stride), (1, 1), 1, x.dtype)
+            else x - 1
+        )
         return x.sum(), x.shape[0] * x.shape[2]
 
     for channels, shift in ((8, 1), (3, -1), (9, 1)):

@@ -60,9 +60,10 @@ CONVOLUTIONS = {
     "dilated": Conv(size=(11, 9), dilation=(2, 3), padding=(2, 1, 3, 4)),
     "no-images": Conv(n=0),
 }
+GENERAL = "direct|implicit_gemm_mma|implicit_gemm_fp32"
 KERNELS = {
-    "stem-7x7": "stem", "stem-11x11": "stem", "stem-3x3": "stem", "3x3": "direct", "depthwise-3x3": "depthwise",
-    "depthwise-5x5-stride-2": "depthwise", "depthwise-multiplier": "direct", "dilated": "stem|direct",
+    "stem-7x7": "stem", "stem-11x11": "stem", "stem-3x3": "stem", "3x3": GENERAL, "depthwise-3x3": "depthwise",
+    "depthwise-5x5-stride-2": "depthwise", "depthwise-multiplier": "direct", "dilated": f"stem|{GENERAL}",
 }  # fmt: skip
 
 
@@ -100,10 +101,11 @@ def test_convolutions(name, dtype, layouts, poisoned):
         assert_within(found, exact[key], allowed[key], f"{key} of {random}")
 
 
-@pytest.mark.parametrize("algo", ["direct", "stem", "stem_mma", "depthwise"])
+@pytest.mark.parametrize("algo", ["direct", "stem", "stem_mma", "depthwise", "implicit_gemm_mma", "implicit_gemm_fp32"])
 def test_algorithms_by_name(algo):
-    x = torch.randn(2, 4 if algo != "depthwise" else 8, 9, 8).half().to(DEVICE)
-    weight = torch.randn(8, 1 if algo == "depthwise" else 4, 3, 3).half().to(DEVICE)
+    dtype = torch.float32 if algo.endswith("fp32") else torch.float16
+    x = torch.randn(2, 4 if algo != "depthwise" else 8, 9, 8).to(dtype).to(DEVICE)
+    weight = torch.randn(8, 1 if algo == "depthwise" else 4, 3, 3).to(dtype).to(DEVICE)
     groups = 8 if algo == "depthwise" else 1
     y = functional.conv2d(x, weight, padding=1, groups=groups, algo=algo)
     assert stats() == {f"{WHERE}/conv2d/{algo}": 1}
@@ -125,7 +127,9 @@ def test_refusals_name_the_reason():
     with pytest.raises(RuntimeError, match='algo="stem" refuses: it needs at most 4 input channels'):
         functional.conv2d(x, weight, algo="stem")
     with pytest.raises(
-        RuntimeError, match='there is no algo "winograd"; choose one of stem_mma, stem, depthwise, direct'
+        RuntimeError,
+        match='there is no algo "winograd"; choose one of stem_mma, stem, depthwise, implicit_gemm_mma, '
+        "implicit_gemm_tf32, implicit_gemm_3xtf32, implicit_gemm_fp32, direct",
     ):
         functional.conv2d(x, weight, algo="winograd")
     with pytest.raises(RuntimeError, match="float64"):

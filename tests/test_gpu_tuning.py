@@ -19,12 +19,13 @@ pytestmark = cuda_kernels
 def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     fastconv.tuning.clear()
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield
     fastconv.tuning.clear()
 
 
 def test_benchmark_mode_times_every_kernel_once(tuned, monkeypatch):
-    slow = {"stem": 1.0, "direct": 3.0}
+    slow = {"stem": 1.0, "implicit_gemm_fp32": 4.0, "direct": 3.0}
     timed = []
 
     def seconds(run, tensor):
@@ -37,7 +38,7 @@ def test_benchmark_mode_times_every_kernel_once(tuned, monkeypatch):
     monkeypatch.setattr(fastconv.tuning, "_seconds", seconds)
     x, weight = torch.randn(1, 3, 8, 8).to(DEVICE), torch.randn(4, 3, 3, 3).to(DEVICE)
     functional.conv2d(x, weight)
-    assert timed.count("stem") == timed.count("direct") == 4
+    assert [timed.count(algo) for algo in slow] == [4, 4, 4]
     slow["stem"] = 9.0  # another problem, another winner
     functional.conv2d(x, weight, padding=1)
     timed.clear()
@@ -47,6 +48,29 @@ def test_benchmark_mode_times_every_kernel_once(tuned, monkeypatch):
         assert stats() == {f"{WHERE}/conv2d/{winner}": 1}
     assert not timed, "known problems are not timed again"
     assert sorted(fastconv.tuning.winners().values()) == ["direct", "stem"]
+
+
+def test_tf32_wins_only_where_torch_allows_it(tuned, monkeypatch):
+    def seconds(run, tensor):
+        fastconv.reset_stats()
+        run()
+        [kernel] = stats()
+        return 1.0 if kernel.endswith("tf32") else 2.0
+
+    monkeypatch.setattr(fastconv.tuning, "_seconds", seconds)
+    x, weight = torch.randn(1, 3, 8, 8).to(DEVICE), torch.randn(4, 3, 3, 3).to(DEVICE)
+    for allowed, winner in ((False, "stem"), (True, "implicit_gemm_tf32"), (False, "stem")):
+        torch.backends.cudnn.allow_tf32 = allowed
+        fastconv.tuning.clear()
+        functional.conv2d(x, weight)
+        assert list(fastconv.tuning.winners().values()) == [winner]
+    torch.backends.cudnn.allow_tf32 = True
+    fastconv.tuning.clear()
+    functional.conv2d(x, weight)
+    torch.backends.cudnn.allow_tf32 = False
+    fastconv.reset_stats()
+    functional.conv2d(x, weight)
+    assert list(stats())[-1] == f"{WHERE}/conv2d/stem", "a winner of looser settings"
 
 
 def test_gradients_are_tuned(tuned):

@@ -39,31 +39,43 @@ namespace fastconv {
   X(local_response_norm_jvp, "local_response_norm_jvp", "rows")           \
   X(local_response_norm_backward, "local_response_norm_backward", "rows")
 
-#define FASTCONV_CUDA_KERNELS(X)                                             \
-  X(conv2d_direct, "conv2d", "direct")                                       \
-  X(conv2d_input_grad_direct, "conv2d_input_grad", "direct")                 \
-  X(conv2d_weight_grad_direct, "conv2d_weight_grad", "direct")               \
-  X(conv2d_bias_grad, "conv2d_bias_grad", "rows")                            \
-  X(stem, "conv2d", "stem")                                                  \
-  X(stem_mma, "conv2d", "stem_mma")                                          \
-  X(stem_input_grad, "conv2d_input_grad", "stem")                            \
-  X(stem_weight_grad, "conv2d_weight_grad", "stem")                          \
-  X(depthwise, "conv2d", "depthwise")                                        \
-  X(depthwise_input_grad, "conv2d_input_grad", "depthwise")                  \
-  X(depthwise_weight_grad, "conv2d_weight_grad", "depthwise")                \
-  X(max_pool2d, "max_pool2d", "windows")                                     \
-  X(max_pool2d_with_offsets, "max_pool2d_with_offsets", "windows")           \
-  X(max_pool2d_indices, "max_pool2d_indices", "windows")                     \
-  X(max_pool2d_gather, "max_pool2d_gather", "windows")                       \
-  X(max_pool2d_backward, "max_pool2d_backward", "windows")                   \
-  X(avg_pool2d, "avg_pool2d", "windows")                                     \
-  X(avg_pool2d_backward, "avg_pool2d_backward", "windows")                   \
-  X(adaptive_avg_pool2d, "adaptive_avg_pool2d", "windows")                   \
-  X(adaptive_avg_pool2d_backward, "adaptive_avg_pool2d_backward", "windows") \
-  X(global_avg_pool2d, "adaptive_avg_pool2d", "global")                      \
-  X(global_avg_pool2d_backward, "adaptive_avg_pool2d_backward", "global")    \
-  X(local_response_norm, "local_response_norm", "channels")                  \
-  X(local_response_norm_jvp, "local_response_norm_jvp", "channels")          \
+#define FASTCONV_CUDA_KERNELS(X)                                                    \
+  X(conv2d_direct, "conv2d", "direct")                                              \
+  X(conv2d_input_grad_direct, "conv2d_input_grad", "direct")                        \
+  X(conv2d_weight_grad_direct, "conv2d_weight_grad", "direct")                      \
+  X(conv2d_bias_grad, "conv2d_bias_grad", "rows")                                   \
+  X(stem, "conv2d", "stem")                                                         \
+  X(stem_mma, "conv2d", "stem_mma")                                                 \
+  X(stem_input_grad, "conv2d_input_grad", "stem")                                   \
+  X(stem_weight_grad, "conv2d_weight_grad", "stem")                                 \
+  X(implicit_gemm_mma, "conv2d", "implicit_gemm_mma")                               \
+  X(implicit_gemm_mma_input_grad, "conv2d_input_grad", "implicit_gemm_mma")         \
+  X(implicit_gemm_mma_weight_grad, "conv2d_weight_grad", "implicit_gemm_mma")       \
+  X(implicit_gemm_tf32, "conv2d", "implicit_gemm_tf32")                             \
+  X(implicit_gemm_tf32_input_grad, "conv2d_input_grad", "implicit_gemm_tf32")       \
+  X(implicit_gemm_tf32_weight_grad, "conv2d_weight_grad", "implicit_gemm_tf32")     \
+  X(implicit_gemm_3xtf32, "conv2d", "implicit_gemm_3xtf32")                         \
+  X(implicit_gemm_3xtf32_input_grad, "conv2d_input_grad", "implicit_gemm_3xtf32")   \
+  X(implicit_gemm_3xtf32_weight_grad, "conv2d_weight_grad", "implicit_gemm_3xtf32") \
+  X(implicit_gemm_fp32, "conv2d", "implicit_gemm_fp32")                             \
+  X(implicit_gemm_fp32_input_grad, "conv2d_input_grad", "implicit_gemm_fp32")       \
+  X(implicit_gemm_fp32_weight_grad, "conv2d_weight_grad", "implicit_gemm_fp32")     \
+  X(depthwise, "conv2d", "depthwise")                                               \
+  X(depthwise_input_grad, "conv2d_input_grad", "depthwise")                         \
+  X(depthwise_weight_grad, "conv2d_weight_grad", "depthwise")                       \
+  X(max_pool2d, "max_pool2d", "windows")                                            \
+  X(max_pool2d_with_offsets, "max_pool2d_with_offsets", "windows")                  \
+  X(max_pool2d_indices, "max_pool2d_indices", "windows")                            \
+  X(max_pool2d_gather, "max_pool2d_gather", "windows")                              \
+  X(max_pool2d_backward, "max_pool2d_backward", "windows")                          \
+  X(avg_pool2d, "avg_pool2d", "windows")                                            \
+  X(avg_pool2d_backward, "avg_pool2d_backward", "windows")                          \
+  X(adaptive_avg_pool2d, "adaptive_avg_pool2d", "windows")                          \
+  X(adaptive_avg_pool2d_backward, "adaptive_avg_pool2d_backward", "windows")        \
+  X(global_avg_pool2d, "adaptive_avg_pool2d", "global")                             \
+  X(global_avg_pool2d_backward, "adaptive_avg_pool2d_backward", "global")           \
+  X(local_response_norm, "local_response_norm", "channels")                         \
+  X(local_response_norm_jvp, "local_response_norm_jvp", "channels")                 \
   X(local_response_norm_backward, "local_response_norm_backward", "channels")
 
 struct KernelName {

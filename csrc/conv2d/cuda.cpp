@@ -24,6 +24,14 @@ class ChannelOperand {
   ChannelNumbers numbers_;
 };
 
+/// launch(arguments..., workspace, stream), the workspace of so many float32 numbers and on the device of `like`.
+template <typename Launch, typename... Arguments>
+void launch_with_workspace(const OnDevice& device, const Tensor& like, int64_t floats, Launch launch,
+                           const Arguments&... arguments) {
+  Workspace workspace(like, floats);
+  launch(arguments..., workspace.floats(), device.stream());
+}
+
 [[noreturn]] void no_launcher() { throw std::logic_error("the chosen kernel has no launcher for this pass"); }
 
 struct CudaConv2d {
@@ -39,25 +47,77 @@ struct CudaConv2d {
     const ChannelOperand scale("conv2d", fused.scale), shift("conv2d", fused.shift);
     const CudaEpilogue epilogue{scale.numbers(), shift.numbers(),
                                 fused.residual ? fused.residual->const_data_ptr() : nullptr, fused.activation};
-    const auto launch = kernel == CudaKernel::stem_mma        ? launch_stem_mma_forward
-                        : kernel == CudaKernel::stem          ? launch_stem_forward
-                        : kernel == CudaKernel::depthwise     ? launch_depthwise_forward
-                        : kernel == CudaKernel::conv2d_direct ? launch_direct_forward
-                                                              : nullptr;
-    if (launch == nullptr) no_launcher();
-    launch(p, x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), epilogue, device.stream());
+    const void *from_x = x.const_data_ptr(), *from_weight = weight.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    const auto run = [&](auto launch) { launch(p, from_x, from_weight, to, epilogue, device.stream()); };
+    const auto run_with = [&](auto launch, int64_t floats) {
+      launch_with_workspace(device, x, floats, launch, p, from_x, from_weight, to, epilogue);
+    };
+    switch (kernel) {
+      case CudaKernel::stem_mma:
+        run(launch_stem_mma_forward);
+        break;
+      case CudaKernel::stem:
+        run(launch_stem_forward);
+        break;
+      case CudaKernel::depthwise:
+        run(launch_depthwise_forward);
+        break;
+      case CudaKernel::implicit_gemm_mma:
+        run_with(launch_implicit_gemm_mma_forward, implicit_gemm_mma_workspace(p));
+        break;
+      case CudaKernel::implicit_gemm_tf32:
+        run(launch_implicit_gemm_tf32_forward);
+        break;
+      case CudaKernel::implicit_gemm_3xtf32:
+        run(launch_implicit_gemm_3xtf32_forward);
+        break;
+      case CudaKernel::implicit_gemm_fp32:
+        run_with(launch_implicit_gemm_fp32_forward, implicit_gemm_fp32_forward_workspace(p));
+        break;
+      case CudaKernel::conv2d_direct:
+        run(launch_direct_forward);
+        break;
+      default:
+        no_launcher();
+    }
     count_call(kernel);
   }
 
   static void input_grad(CudaKernel kernel, const ConvProblem& p, const Tensor& grad, const Tensor& weight,
                          Tensor& grad_input) {
     const OnDevice device(grad);
-    const auto launch = kernel == CudaKernel::depthwise_input_grad       ? launch_depthwise_input_grad
-                        : kernel == CudaKernel::stem_input_grad          ? launch_stem_input_grad
-                        : kernel == CudaKernel::conv2d_input_grad_direct ? launch_direct_input_grad
-                                                                         : nullptr;
-    if (launch == nullptr) no_launcher();
-    launch(p, grad.const_data_ptr(), weight.const_data_ptr(), grad_input.mutable_data_ptr(), device.stream());
+    const void *from_grad = grad.const_data_ptr(), *from_weight = weight.const_data_ptr();
+    void* to = grad_input.mutable_data_ptr();
+    const auto run = [&](auto launch) { launch(p, from_grad, from_weight, to, device.stream()); };
+    const auto run_with = [&](auto launch, int64_t floats) {
+      launch_with_workspace(device, grad, floats, launch, p, from_grad, from_weight, to);
+    };
+    switch (kernel) {
+      case CudaKernel::stem_input_grad:
+        run(launch_stem_input_grad);
+        break;
+      case CudaKernel::depthwise_input_grad:
+        run(launch_depthwise_input_grad);
+        break;
+      case CudaKernel::implicit_gemm_mma_input_grad:
+        run_with(launch_implicit_gemm_mma_input_grad, implicit_gemm_mma_input_grad_workspace(p));
+        break;
+      case CudaKernel::implicit_gemm_tf32_input_grad:
+        run(launch_implicit_gemm_tf32_input_grad);
+        break;
+      case CudaKernel::implicit_gemm_3xtf32_input_grad:
+        run(launch_implicit_gemm_3xtf32_input_grad);
+        break;
+      case CudaKernel::implicit_gemm_fp32_input_grad:
+        run_with(launch_implicit_gemm_fp32_input_grad, implicit_gemm_fp32_input_grad_workspace(p));
+        break;
+      case CudaKernel::conv2d_input_grad_direct:
+        run(launch_direct_input_grad);
+        break;
+      default:
+        no_launcher();
+    }
     count_call(kernel);
   }
 
@@ -66,16 +126,33 @@ struct CudaConv2d {
     const OnDevice device(grad);
     const void *from_grad = grad.const_data_ptr(), *from_x = x.const_data_ptr();
     void* to = grad_weight.mutable_data_ptr();
-    if (kernel == CudaKernel::depthwise_weight_grad) {
-      Workspace workspace(grad, depthwise_weight_grad_workspace(p));
-      launch_depthwise_weight_grad(p, from_grad, from_x, to, workspace.floats(), device.stream());
-    } else if (kernel == CudaKernel::stem_weight_grad) {
-      Workspace workspace(grad, stem_weight_grad_workspace(p));
-      launch_stem_weight_grad(p, from_grad, from_x, to, workspace.floats(), device.stream());
-    } else if (kernel == CudaKernel::conv2d_weight_grad_direct) {
-      launch_direct_weight_grad(p, from_grad, from_x, to, device.stream());
-    } else {
-      no_launcher();
+    const auto run_with = [&](auto launch, int64_t floats) {
+      launch_with_workspace(device, grad, floats, launch, p, from_grad, from_x, to);
+    };
+    switch (kernel) {
+      case CudaKernel::stem_weight_grad:
+        run_with(launch_stem_weight_grad, stem_weight_grad_workspace(p));
+        break;
+      case CudaKernel::depthwise_weight_grad:
+        run_with(launch_depthwise_weight_grad, depthwise_weight_grad_workspace(p));
+        break;
+      case CudaKernel::implicit_gemm_mma_weight_grad:
+        run_with(launch_implicit_gemm_mma_weight_grad, implicit_gemm_mma_weight_grad_workspace(p));
+        break;
+      case CudaKernel::implicit_gemm_tf32_weight_grad:
+        run_with(launch_implicit_gemm_tf32_weight_grad, implicit_gemm_tf32_weight_grad_workspace(p));
+        break;
+      case CudaKernel::implicit_gemm_3xtf32_weight_grad:
+        run_with(launch_implicit_gemm_3xtf32_weight_grad, implicit_gemm_tf32_weight_grad_workspace(p));
+        break;
+      case CudaKernel::implicit_gemm_fp32_weight_grad:
+        run_with(launch_implicit_gemm_fp32_weight_grad, implicit_gemm_fp32_weight_grad_workspace(p));
+        break;
+      case CudaKernel::conv2d_weight_grad_direct:
+        launch_direct_weight_grad(p, from_grad, from_x, to, device.stream());
+        break;
+      default:
+        no_launcher();
     }
     count_call(kernel);
   }
