@@ -161,7 +161,9 @@ def only_general_kernels_serve(
     here: it would have to fix the sizes, and break the graph at the question.
     """
     filters, depth, rows, columns = weight_shape
-    if dtype in (torch.float16, torch.bfloat16) and max(depth, filters // groups) >= 4 and max(rows, columns) <= 15:
+    fewest, most = min(depth, filters // groups), max(depth, filters // groups)
+    fills_tiles = most >= 4 and (groups == 1 or fewest >= 16)
+    if dtype in (torch.float16, torch.bfloat16) and fills_tiles and max(rows, columns) <= 15:
         return False  # implicit_gemm_mma, which takes larger windows in channels_last alone
     if max(dilation) > 1:
         return True

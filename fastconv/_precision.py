@@ -1,7 +1,8 @@
 """Whether float32 convolutions may be rounded to TF32 on CUDA: torch's settings decide, and only Python reads them.
 
 ``torch.backends.cudnn.allow_tf32`` and the ``fp32_precision`` of ``torch.backends.cudnn.conv``, ``.cudnn`` and
-``torch.backends`` are one setting to torch, which knows what overrides what.
+``torch.backends`` are one setting to torch, which knows what overrides what. ``torch.compile`` cannot trace the
+question: ``algo="implicit_gemm_tf32"`` breaks its graph.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ shapes, dtype, memory format, stride, padding, dilation, groups) times every ker
 serves the rest. Winners can be saved and loaded, so that a program need not measure again; a loaded table is used
 whether or not the switch is on. Timing runs appear in :func:`fastconv.stats`. Nothing is timed while a CUDA graph is
 captured, on fake tensors, under a dispatch mode, nor inside ``torch.compile``, whose graphs hold no choice; a call that
-names its kernel (``algo=``) is left alone.
+names its kernel (``algo=``) is left alone. Convolutions that go to cuDNN (dense ones of float32) are neither timed nor
+looked up here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastconv._library import EMULATED, runs_cuda_kernels
 from fastconv._plans import plan_of
-from fastconv._precision import may_be_chosen
+from fastconv._precision import may_be_chosen, precision_refusal
 from fastconv.ops._autograd import call_raw, suggested_format
 
 __all__ = ["clear", "load", "save", "winners"]
@@ -82,6 +83,8 @@ def call_tuned(op: Any, *args: Any) -> Any:
     """``call_raw`` for a convolution operator, whose last argument is ``algo``."""
     if args[-1] is None and applies(args[0]):
         args = (*args[:-1], _winner(op, args))
+    elif runs_cuda_kernels(args[0]) and (reason := precision_refusal(args[-1])) is not None:
+        raise RuntimeError(f"{op.name()}: algo={args[-1]!r} does not serve this convolution: {reason}")
     return call_raw(op, *args)
 
 
@@ -115,15 +118,20 @@ def _fastest(algos: list[str], run: Callable[[str], Any], tensor: Tensor) -> str
     if len(algos) == 1:
         return algos[0]
     best: dict[str, float] = {}
+    able = []
     for algo in algos:
-        run(algo)  # loads the kernel
-    for algo in algos:
+        try:
+            run(algo)  # loads the kernel
+        except torch.OutOfMemoryError:  # of its workspace; another kernel may do with less
+            continue
+        able.append(algo)
+    for algo in able:
         # The first run fills the caches; where it is far behind, one is enough.
         first = _seconds(lambda algo=algo: run(algo), tensor)  # type: ignore[misc]
         if best and first > _HOPELESS * min(best.values()):
             continue
         best[algo] = min(_seconds(lambda algo=algo: run(algo), tensor) for _ in range(_RUNS))  # type: ignore[misc]
-    return min(best, key=best.__getitem__)
+    return min(best, key=best.__getitem__) if best else algos[0]
 
 
 def _seconds(run: Callable[[], Any], tensor: Tensor) -> float:

@@ -21,14 +21,17 @@ def kernel_counts() -> dict[str, int]:
 GUARD = 37  # odd: guarded tensors are never aligned to a vector
 
 
-def guarded(values: Tensor) -> Tensor:
-    """The same values and strides inside a buffer of NaN: what is read outside the tensor shows in the result."""
+def guarded(values: Tensor, guard: int = GUARD) -> Tensor:
+    """The same values and strides inside a buffer of NaN: what is read outside the tensor shows in the result.
+
+    ``guard`` elements before and after; a multiple of 8 leaves vectors aligned.
+    """
     if not values.is_floating_point():
         return values
     extent = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
     extent = max(extent, 0) if values.numel() else 0
-    buffer = torch.full((extent + 2 * GUARD,), float("nan"), dtype=values.dtype)
-    view = buffer.as_strided(values.shape, values.stride(), GUARD)
+    buffer = torch.full((extent + 2 * guard,), float("nan"), dtype=values.dtype)
+    view = buffer.as_strided(values.shape, values.stride(), guard)
     return view.copy_(values)
 
 

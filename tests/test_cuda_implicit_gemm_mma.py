@@ -72,7 +72,7 @@ def test_integers_are_exact(library: Library, name: str, channels_last: bool) ->
 @LAYOUTS
 def test_every_tile(library: Library, channels_last: bool) -> None:
     """One multiprocessor wants tiles of 128x128, many want 64x64; both with edges, and with more slices than stages."""
-    for problem in (conv(3, 24, 136, (11, 13), 1, 1), conv(1, 200, 72, (12, 12)), conv(3, 25, 131, (9, 15), 1, 1)):
+    for problem in (conv(3, 72, 200, (11, 13), 1, 1), conv(1, 200, 72, (12, 12)), conv(3, 75, 199, (9, 15), 1, 1)):
         for sm_count in (1, 132):
             with configured(library, sm_count=sm_count):
                 check(library, problem, channels_last)
@@ -184,6 +184,8 @@ def test_no_races(checked: Library, timing: Timing, channels_last: bool) -> None
     with configured(checked, timing=timing, check_races=True, sm_count=132):
         for problem in (conv(3, 24, 16, (4, 6), 1, 1), conv(1, 168, 8, (4, 4)), conv(3, 13, 5, (5, 5), 2, 1)):
             check(checked, problem, channels_last)
+    with configured(checked, timing=timing, check_races=True, sm_count=1):  # tiles of 128x128
+        check(checked, conv(1, 136, 136, (15, 15)), channels_last)
 
 
 def test_refuses_with_a_reason(library: Library) -> None:

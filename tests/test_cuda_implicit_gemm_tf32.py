@@ -71,7 +71,7 @@ def test_the_split_is_worth_hundreds_of_roundings(library: Library, channels_las
 @ALGOS
 @LAYOUTS
 def test_every_tile(library: Library, algo: str, channels_last: bool) -> None:
-    problem = Conv(c_per_group=20, k_per_group=136, size=(11, 13), padding=(1,) * 4, integers=True, n=1)
+    problem = Conv(c_per_group=76, k_per_group=200, size=(11, 13), padding=(1,) * 4, integers=True, n=1)
     for sm_count in (1, 132):
         with configured(library, sm_count=sm_count):
             check(library, algo, problem, channels_last)

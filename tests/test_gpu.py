@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 from cuda_device import DEVICE, ON_GPU, WHERE, cuda_kernels, on_a_gpu
-from reference import Conv, allowances, assert_within, guarded, results_by_torch
+from reference import GUARD, Conv, allowances, assert_within, guarded, results_by_torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,11 +35,11 @@ def _exact_torch() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def moved(value: Tensor | None) -> Tensor | None:
+def moved(value: Tensor | None, guard: int = GUARD) -> Tensor | None:
     """On the device, with the same strides, in the middle of a buffer of NaN."""
     if value is None:
         return None
-    held = guarded(value.detach())
+    held = guarded(value.detach(), guard)
     buffer = torch.tensor([], dtype=held.dtype).set_(held.untyped_storage()).to(DEVICE)
     return buffer.as_strided(held.shape, held.stride(), held.storage_offset())
 
@@ -67,9 +67,9 @@ KERNELS = {
 }  # fmt: skip
 
 
-def on_device(problem: Conv) -> dict[str, Tensor]:
+def on_device(problem: Conv, guard: int = GUARD) -> dict[str, Tensor]:
     """Output and gradients, brought back to the CPU; the operands lie in buffers of NaN."""
-    input, weight, bias, grad = (moved(t) for t in problem.tensors())
+    input, weight, bias, grad = (moved(t, guard) for t in problem.tensors())
     leaves = [t.requires_grad_() for t in (input, weight, bias) if t is not None]
     output = ops.conv2d(input, weight, bias, *problem.params, problem.algo)
     grads = torch.autograd.grad(output, leaves, grad)

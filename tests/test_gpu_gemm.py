@@ -11,14 +11,15 @@ from torch.nn import functional as F
 
 import fastconv
 from fastconv import functional
+from fastconv._library import ops
 from fastconv.stats import stats
 
 pytestmark = cuda_kernels
 
 MANY = 64 if ON_GPU else 1  # images, so that a GPU takes its largest tiles
 GEMMS = {
-    "3x3": Conv(n=MANY, c_per_group=128, k_per_group=132, size=(15, 16), padding=(1, 1, 1, 1)),
-    "1x1": Conv(n=MANY, c_per_group=132, k_per_group=124, size=(16, 16), kernel=(1, 1)),
+    "3x3": Conv(n=MANY, c_per_group=128, k_per_group=136, size=(15, 16), padding=(1, 1, 1, 1)),
+    "1x1": Conv(n=MANY, c_per_group=136, k_per_group=120, size=(16, 16), kernel=(1, 1)),
     "64 filters, stride 2": Conv(
         n=MANY, c_per_group=64, k_per_group=61, size=(17, 31), stride=(2, 2), padding=(1,) * 4
     ),
@@ -27,17 +28,22 @@ GEMMS = {
 }
 
 
-ALGOS = {"implicit_gemm_fp32": torch.float32, "implicit_gemm_3xtf32": torch.float32, "implicit_gemm_mma": torch.float16}
+ALGOS = {
+    "implicit_gemm_fp32": torch.float32, "implicit_gemm_tf32": torch.float32, "implicit_gemm_3xtf32": torch.float32,
+    "implicit_gemm_mma": torch.float16,
+}  # fmt: skip
 
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("layouts", [(False,) * 3, (True,) * 3], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", GEMMS)
 @pytest.mark.parametrize("algo", ALGOS)
-def test_implicit_gemm(algo, name, layouts, poisoned):
+@pytest.mark.parametrize("guard", [37, 64], ids=["numbers", "vectors"])  # no address allows 16-byte copies, or all do
+def test_implicit_gemm(algo, name, layouts, guard, poisoned, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     problem = Conv(**{**GEMMS[name].__dict__, "layouts": layouts, "integers": True, "algo": algo, "dtype": ALGOS[algo]})
     exact = results_by_torch(problem, torch.float64)
-    for key, found in on_device(problem).items():
+    for key, found in on_device(problem, guard).items():
         assert torch.equal(found, exact[key].to(ALGOS[algo])), key
     assert f"{WHERE}/conv2d_weight_grad/{algo}" in stats()
 
@@ -64,3 +70,19 @@ def test_dense_16_bit_layers_train_on_tensor_cores(memory_format):
     ran = {f"{WHERE}/{op}/implicit_gemm_mma" for op in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad")}
     assert ran <= set(stats())
     assert not any(name.startswith("torch/") for name in stats())
+
+
+def test_tf32_is_asked_about_in_every_pass(monkeypatch):
+    x, weight = (torch.randn(size).to(DEVICE).requires_grad_() for size in ((2, 8, 9, 8), (8, 8, 3, 3)))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    y = functional.conv2d(x, weight, algo="implicit_gemm_tf32")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with pytest.raises(RuntimeError, match="torch's settings forbid"):
+        y.sum().backward()
+
+
+def test_no_channels_at_all():
+    x, weight = torch.zeros(2, 0, 4, 4).to(DEVICE), torch.zeros(0, 0, 3, 3).to(DEVICE)
+    for dtype in (torch.float32, torch.float16):
+        y = ops.conv2d(x.to(dtype), weight.to(dtype), None, [1, 1], [0] * 4, [1, 1], 1, None)
+        assert y.shape == (2, 0, 2, 2)

@@ -40,8 +40,9 @@ FASTCONV_INLINE constexpr MmaAxis input_grad_axis(const ConvAxis& a, int phase) 
   }
   const int tap_step = a.stride / common;
   int first = 0;
-  while (first < tap_step && (phase + a.padding - first * a.dilation) % a.stride != 0) ++first;
-  const int taps = first < tap_step && first < a.taps ? (a.taps - first + tap_step - 1) / tap_step : 0;
+  const int last = tap_step < a.taps ? tap_step : a.taps;
+  while (first < last && (phase + a.padding - first * a.dilation) % a.stride != 0) ++first;
+  const int taps = first < last ? (a.taps - first + tap_step - 1) / tap_step : 0;
   const int start = (phase + a.padding - first * a.dilation) / a.stride;
   return {a.out, 1, start, -(a.dilation / common), taps, first, tap_step, a.in, a.stride, phase};
 }

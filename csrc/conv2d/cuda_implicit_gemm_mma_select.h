@@ -10,7 +10,7 @@ namespace fastconv {
 /// Null if csrc/conv2d/cuda_implicit_gemm_mma*.cu serve a problem of these sizes in this pass, else the reason.
 inline const char* refuse_mma_sizes(const ConvProblem& p, ConvPass pass) {
   constexpr int64_t kInt = 0x7fffffff;
-  if (p.n < 1 || p.p() < 1 || p.q() < 1) return "it needs at least one output";
+  if (p.n < 1 || p.c < 1 || p.k < 1 || p.p() < 1 || p.q() < 1) return "it needs at least one output";
   if (p.groups > 65535) return "it needs at most 65535 groups";
   if (p.weight_is_nchw && p.layout == Layout::nhwc) return "it needs weights in the layout of the images";
   if (p.layout == Layout::nchw && max_of(p.r, p.s) > 15) return "in NCHW it needs a window of at most 15x15";
@@ -23,7 +23,8 @@ inline const char* refuse_mma_sizes(const ConvProblem& p, ConvPass pass) {
   const int64_t grid_pixels =
       pass == ConvPass::input_grad ? ceil_div(p.h, p.stride.h) * ceil_div(p.w, p.stride.w) : p.p() * p.q();
   if (grid_pixels > (kInt - 256) / p.n) return "it needs fewer than 2^31 pixels in a batch; split the batch";
-  if (p.stride.h * p.stride.w > 65535) return "it needs strides whose product is at most 65535";
+  if (pass == ConvPass::input_grad && p.stride.h * p.stride.w > 65535)
+    return "it needs strides whose product is at most 65535";
   return nullptr;
 }
 
@@ -48,8 +49,9 @@ inline const char* avoid_implicit_gemm_3xtf32_cuda(const ConvProblem&, ConvPass)
 
 /// Null if it is worth choosing when nobody asks for it by name, else what does better.
 inline const char* avoid_implicit_gemm_mma_cuda(const ConvProblem& p, ConvPass) {
-  if (max_of(p.c_per_group(), p.k_per_group()) < 4)
-    return "groups of fewer than 4 channels are mostly padding in a tile";
+  if (max_of(p.c_per_group(), p.k_per_group()) < 4) return "fewer than 4 channels are mostly padding in a tile";
+  if (p.groups > 1 && min_of(p.c_per_group(), p.k_per_group()) < 16)
+    return "groups of fewer than 16 channels are mostly padding in a tile";
   return nullptr;
 }
 

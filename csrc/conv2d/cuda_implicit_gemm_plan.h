@@ -10,6 +10,7 @@ namespace fastconv {
 inline const char* refuse_implicit_gemm_fp32(const ConvProblem& p, ConvPass) {
   constexpr int64_t kInt = 0x7fffffff, kRoom = 1 << 16;
   if (p.dtype != DType::f32) return "it computes in float32 and serves float32 alone";
+  if (p.weight_is_nchw && p.layout == Layout::nhwc) return "it needs weights in the layout of the images";
   if (p.r > 32 || p.s > 32) return "it needs a window of at most 32x32";
   const int64_t h = p.h + p.padding.top + p.padding.bottom, w = p.w + p.padding.left + p.padding.right;
   // Positions are 32 bits wide; offsets are not.

@@ -11,6 +11,7 @@ inline const char* refuse_stem_cuda(const ConvProblem& p) {
   if (p.dtype == DType::f64) return "it computes in float32 and would round float64";
   if (p.groups != 1) return "it needs groups == 1";
   if (p.c > 4) return "it needs at most 4 input channels";
+  if (p.c < 1 || p.k < 1) return "it needs at least one channel";
   if (p.dilation.h != 1 || p.dilation.w != 1) return "it needs dilation 1";
   if (p.r > 11 || p.s > 11) return "it needs a window of at most 11x11";
   if (p.stride.h > 4 || p.stride.w > 4) return "it needs strides of at most 4";

@@ -8,7 +8,7 @@ namespace fastconv::ptx {
 // ---------------------------------------------------------------- cp.async (sm_80)
 
 /// cp.async.cg, 16 bytes past L1: both addresses aligned to 16. Reads `source_bytes` (0 to 16) and fills the rest with
-/// zeros; with 0 the source is not touched, but must be a valid pointer.
+/// zeros; with 0 the source is not touched, but must be aligned.
 __device__ __forceinline__ void cp_async_cg_16(uint32_t destination, const void* source, int source_bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(source_bytes)
                : "memory");
