@@ -18,14 +18,6 @@ struct NhwcWeightGrad {
   using Images = NhwcTaps<T, kRows, kThreads, kVector>;
 };
 
-struct NchwPointwiseWeightGrad {
-  static constexpr bool kHeld = false, kNhwc = false;
-  template <class T, int kRows, int kThreads>
-  using Gradients = PlaneRows<T, kRows, kThreads, true>;
-  template <class T, int kRows, int kThreads>
-  using Images = PlaneRows<T, kRows, kThreads, false>;
-};
-
 template <bool kVector>
 struct NchwWeightGrad {
   static constexpr bool kHeld = true, kNhwc = false;
@@ -35,12 +27,6 @@ struct NchwWeightGrad {
   template <class T, int kRows, int kThreads>
   using Images = GatheredPlanes<T, kRows, kThreads, false>;
 };
-
-template <class Mode>
-void launch_mode(const ConvProblem& p, const void* grad_y, const void* x, float* partial, cudaStream_t stream) {
-  if (p.dtype == DType::f16) launch_weight_grad_math<HalfMath<half>, Mode>(p, grad_y, x, partial, stream);
-  else launch_weight_grad_math<HalfMath<bfloat16>, Mode>(p, grad_y, x, partial, stream);
-}
 
 }  // namespace
 
@@ -53,18 +39,11 @@ int64_t implicit_gemm_mma_weight_grad_workspace(const ConvProblem& p) {
 void launch_implicit_gemm_mma_weight_grad(const ConvProblem& p, const void* grad_y, const void* x, void* grad_weight,
                                           float* workspace, cudaStream_t stream) {
   require_mma_serves(p, refuse_implicit_gemm_mma_cuda(p, ConvPass::weight_grad));
-  const bool gradient_planes = all_vectors(p, p.p() * p.q(), grad_y);
-  if (p.layout == Layout::nhwc) {
-    if (all_vectors(p, p.k_per_group(), grad_y) && all_vectors(p, p.c_per_group(), x))
-      launch_mode<NhwcWeightGrad<true>>(p, grad_y, x, workspace, stream);
-    else launch_mode<NhwcWeightGrad<false>>(p, grad_y, x, workspace, stream);
-  } else if (is_pointwise(p) && gradient_planes && all_vectors(p, p.h * p.w, x)) {
-    launch_mode<NchwPointwiseWeightGrad>(p, grad_y, x, workspace, stream);
-  } else if (gradient_planes) {
-    launch_mode<NchwWeightGrad<true>>(p, grad_y, x, workspace, stream);
-  } else {
-    launch_mode<NchwWeightGrad<false>>(p, grad_y, x, workspace, stream);
-  }
+  for_weight_grad_mode<NhwcWeightGrad, NchwWeightGrad>(p, grad_y, x, [&](auto mode) {
+    using Mode = decltype(mode);
+    if (p.dtype == DType::f16) launch_weight_grad_math<HalfMath<half>, Mode>(p, grad_y, x, workspace, stream);
+    else launch_weight_grad_math<HalfMath<bfloat16>, Mode>(p, grad_y, x, workspace, stream);
+  });
   launch_add_weight_grads(p, workspace, grad_weight, stream);
 }
 

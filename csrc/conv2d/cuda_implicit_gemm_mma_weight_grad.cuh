@@ -116,6 +116,32 @@ void launch_weight_grad_math(const ConvProblem& p, const void* grad_y, const voi
   else launch_weight_grad_tile<Math, std::conditional_t<kHeld, Held64, Copied64>, Mode>(p, grad_y, x, partial, stream);
 }
 
+/// 16-byte copies of neighbouring pixels of a channel, of either tensor.
+struct NchwPointwiseWeightGrad {
+  static constexpr bool kHeld = false, kNhwc = false;
+  template <class T, int kRows, int kThreads>
+  using Gradients = PlaneRows<T, kRows, kThreads, true>;
+  template <class T, int kRows, int kThreads>
+  using Images = PlaneRows<T, kRows, kThreads, false>;
+};
+
+/// Calls launch(mode): the mode in which most is copied 16 bytes at a time. Nhwc<true> copies both tensors so,
+/// Nchw<true> the gradients.
+template <template <bool> class Nhwc, template <bool> class Nchw, class Launch>
+void for_weight_grad_mode(const ConvProblem& p, const void* grad_y, const void* x, const Launch& launch) {
+  const bool gradient_planes = all_vectors(p, p.p() * p.q(), grad_y);
+  if (p.layout == Layout::nhwc) {
+    if (all_vectors(p, p.k_per_group(), grad_y) && all_vectors(p, p.c_per_group(), x)) launch(Nhwc<true>{});
+    else launch(Nhwc<false>{});
+  } else if (is_pointwise(p) && gradient_planes && all_vectors(p, p.h * p.w, x)) {
+    launch(NchwPointwiseWeightGrad{});
+  } else if (gradient_planes) {
+    launch(Nchw<true>{});
+  } else {
+    launch(Nchw<false>{});
+  }
+}
+
 /// The second.
 inline void launch_add_weight_grads(const ConvProblem& p, const float* partial, void* grad_weight,
                                     cudaStream_t stream) {

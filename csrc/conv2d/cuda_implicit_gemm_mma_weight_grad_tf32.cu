@@ -16,14 +16,6 @@ struct NhwcFloatWeightGrad {
   using Images = NhwcFloats<T, kRows, kThreads, kVector, false>;
 };
 
-struct NchwFloatPointwiseWeightGrad {
-  static constexpr bool kHeld = false, kNhwc = false;
-  template <class T, int kRows, int kThreads>
-  using Gradients = PlaneRows<T, kRows, kThreads, true>;
-  template <class T, int kRows, int kThreads>
-  using Images = PlaneRows<T, kRows, kThreads, false>;
-};
-
 template <bool kVector>
 struct NchwFloatWeightGrad {
   static constexpr bool kHeld = true, kNhwc = false;
@@ -38,18 +30,8 @@ template <class Math>
 void launch_weight_grad(const ConvProblem& p, const void* grad_y, const void* x, void* grad_weight, float* workspace,
                         cudaStream_t stream) {
   require_mma_serves(p, refuse_implicit_gemm_tf32_cuda(p, ConvPass::weight_grad));
-  const bool gradient_planes = all_vectors(p, p.p() * p.q(), grad_y);
-  if (p.layout == Layout::nhwc) {
-    if (all_vectors(p, p.k_per_group(), grad_y) && all_vectors(p, p.c_per_group(), x))
-      launch_weight_grad_math<Math, NhwcFloatWeightGrad<true>>(p, grad_y, x, workspace, stream);
-    else launch_weight_grad_math<Math, NhwcFloatWeightGrad<false>>(p, grad_y, x, workspace, stream);
-  } else if (is_pointwise(p) && gradient_planes && all_vectors(p, p.h * p.w, x)) {
-    launch_weight_grad_math<Math, NchwFloatPointwiseWeightGrad>(p, grad_y, x, workspace, stream);
-  } else if (gradient_planes) {
-    launch_weight_grad_math<Math, NchwFloatWeightGrad<true>>(p, grad_y, x, workspace, stream);
-  } else {
-    launch_weight_grad_math<Math, NchwFloatWeightGrad<false>>(p, grad_y, x, workspace, stream);
-  }
+  for_weight_grad_mode<NhwcFloatWeightGrad, NchwFloatWeightGrad>(
+      p, grad_y, x, [&](auto mode) { launch_weight_grad_math<Math, decltype(mode)>(p, grad_y, x, workspace, stream); });
   launch_add_weight_grads(p, workspace, grad_weight, stream);
 }
 
